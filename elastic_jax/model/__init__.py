@@ -1,0 +1,1 @@
+"""The decoder: pure mixer functions under one table of parameters."""

@@ -1,0 +1,44 @@
+"""The core of the project: cutting a submodel's parameters out of its parent's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from elastic_jax.arch import Arch
+from elastic_jax.errors import UserError
+from elastic_jax.layout import Layout
+from elastic_jax.model.params import Param, leaves, param_table
+
+
+def slice_params(params: dict[str, Any], parent: Arch, child: Arch, layout: Layout = Layout()) -> dict[str, Any]:
+    """The parameters of `child`, cut from those of `parent`: pure, differentiable, static shapes.
+
+    Args:
+      params: group -> name -> leaf. Leaves may be JAX or numpy arrays, ShapeDtypeStructs (their sharding is kept), or
+        shardings (returned as they are: a prefix of an inner dimension keeps its partition).
+    Raises: UserError when `child` does not nest in `parent`, breaks the layout, or a leaf has another shape than declared.
+    """
+    problem = child.why_not_nested(parent)
+    if problem:
+        raise UserError(problem)
+    full = param_table(parent, layout.check(parent))
+    small = param_table(child, layout.check(child))
+    result: dict[str, dict[str, Any]] = {group: {} for group in small}
+    for group, name, param in leaves(small):
+        result[group][name] = slice_leaf(params[group][name], full[group][name], param, f'{group}/{name}')
+    return result
+
+
+def slice_leaf(leaf: Any, full: Param, small: Param, name: str) -> Any:
+    """The leading corner of one parameter. Raises UserError when the leaf is not of the full shape."""
+    if isinstance(leaf, jax.sharding.Sharding):
+        return leaf
+    if tuple(leaf.shape) != full.shape:
+        raise UserError(f'parameter {name} has shape {tuple(leaf.shape)}, but the parent declares {full.shape}')
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(small.shape, leaf.dtype, sharding=leaf.sharding)
+    if small.shape == full.shape:
+        return leaf
+    return leaf[tuple(slice(size) for size in small.shape)]
