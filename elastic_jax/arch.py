@@ -343,7 +343,10 @@ def _check_mixer(i: int, mixer: Mixer) -> None:
             f'experts@{i}={mixer.experts} do not divide into {mixer.groups} routing groups, of which {mixer.top_groups} are used',
         )
         reachable = mixer.experts // mixer.groups * mixer.top_groups
-        _require(reachable >= mixer.top_k, f'experts@{i}={mixer.experts} leaves {reachable} to choose top_k={mixer.top_k} from')
+        _require(
+            reachable >= mixer.top_k,
+            f'experts@{i}={mixer.experts} leaves {reachable} to choose top_k={mixer.top_k} from',
+        )
         _require(
             mixer.groups == 1 or mixer.experts // mixer.groups >= 2,
             f'experts@{i}={mixer.experts} leaves fewer than two experts in each of {mixer.groups} routing groups',
@@ -352,7 +355,8 @@ def _check_mixer(i: int, mixer: Mixer) -> None:
         _require(mixer.rope is None or mixer.head_dim % 2 == 0, f'block {i}: rotary needs an even head_dim')
     if isinstance(mixer, MLP | MoE):
         _require(
-            mixer.activation in ('relu2', 'swiglu'), f'block {i}: activation {mixer.activation!r} is not relu2 or swiglu'
+            mixer.activation in ('relu2', 'swiglu'),
+            f'block {i}: activation {mixer.activation!r} is not relu2 or swiglu',
         )
 
 
@@ -369,8 +373,8 @@ def exact_divide(a: Any, b: Any) -> Any:
 def unknown_name(what: str, name: str, known: list[str]) -> str:
     """One sentence for a name that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    return f'unknown {what} {name!r}{hint} Known: {", ".join(known)}' if hint else f'unknown {what} {name!r}; known: {", ".join(known)}'
+    hint = f'did you mean {near[0]!r}? ' if near else ''
+    return f'unknown {what} {name!r}; {hint}known: {", ".join(known)}'
 
 
 def parse_widths(text: str) -> dict[str, int]:

@@ -38,12 +38,15 @@ class Layout:
                 if width % blocks:
                     down, up = width // blocks * blocks, -(-width // blocks) * blocks
                     raise UserError(
-                        f'{axis.name}@{i}={width} is not a multiple of the layout\'s G={blocks}; take {down or up} or {up}'
+                        f"{axis.name}@{i}={width} is not a multiple of the layout's G={blocks}; take {down or up} or {up}"
                     )
         return self
 
     def to_json(self) -> dict[str, int]:
         return dataclasses.asdict(self)
+
+
+FLAT = Layout()
 
 
 def inner_width(layout: Layout, axis_name: str, mixer: Mixer, width: Any) -> Any:

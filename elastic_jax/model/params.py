@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, Mixer, MoE, exact_divide
-from elastic_jax.layout import Layout, inner_width
+from elastic_jax.layout import FLAT, Layout, inner_width
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -41,7 +41,7 @@ def layer_name(i: int) -> str:
     return f'layer_{i:03d}'
 
 
-def param_table(arch: Arch, layout: Layout = Layout()) -> Table:
+def param_table(arch: Arch, layout: Layout = FLAT) -> Table:
     """Group -> name -> Param. Groups are `embedding`, `layer_000` …, `final_norm` and, when untied, `unembed`.
 
     Widths may be floats or traced values; then so are the shapes, and their products are differentiable counts.
@@ -72,12 +72,12 @@ def map_table(function: Callable[[Param], Any], table: Table) -> dict[str, dict[
     return {group: {name: function(param) for name, param in params.items()} for group, params in table.items()}
 
 
-def abstract_params(arch: Arch, layout: Layout = Layout(), dtype: Any = jnp.float32) -> dict[str, dict[str, Any]]:
+def abstract_params(arch: Arch, layout: Layout = FLAT, dtype: Any = jnp.float32) -> dict[str, dict[str, Any]]:
     """ShapeDtypeStructs of every parameter."""
     return map_table(lambda p: jax.ShapeDtypeStruct(p.shape, param_dtype(p, dtype)), param_table(arch, layout))
 
 
-def init_params(key: jax.Array, arch: Arch, layout: Layout = Layout(), dtype: Any = jnp.float32) -> dict[str, Any]:
+def init_params(key: jax.Array, arch: Arch, layout: Layout = FLAT, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Random parameters. Each leaf's key depends on its name alone, so the numbers do not depend on the other leaves."""
     table = param_table(arch, layout)
     params: dict[str, dict[str, Any]] = {group: {} for group in table}
@@ -103,7 +103,11 @@ def _attention(mixer: Attention, embed: Any, layout: Layout, depth_scale: float)
         'o': _param([*kv, q, h, d], _fan_in(4, depth_scale), mask=('kv_heads', 'query_heads', 'embed')),
     }
     if mixer.bias:
-        declared |= {'q_bias': _param([*kv, q, h], _zeros), 'k_bias': _param([*kv, h], _zeros), 'v_bias': _param([*kv, h], _zeros)}
+        declared |= {
+            'q_bias': _param([*kv, q, h], _zeros),
+            'k_bias': _param([*kv, h], _zeros),
+            'v_bias': _param([*kv, h], _zeros),
+        }
     if mixer.output_bias:
         declared['o_bias'] = _param([d], _zeros, mask=('embed',))
     if mixer.qk_norm:
@@ -147,7 +151,10 @@ def _mamba(mixer: Mamba, embed: Any, layout: Layout, depth_scale: float) -> dict
 def _mlp(mixer: MLP, embed: Any, layout: Layout, depth_scale: float) -> dict[str, Param]:
     d = ('embed', embed)
     f = [('mlp_blocks', layout.blocks('mlp', mixer)), ('mlp', inner_width(layout, 'mlp', mixer, mixer.width))]
-    declared = {'up': _param([d, *f], _fan_in(1)), 'down': _param([*f, d], _fan_in(2, depth_scale), mask=('mlp', 'embed'))}
+    declared = {
+        'up': _param([d, *f], _fan_in(1)),
+        'down': _param([*f, d], _fan_in(2, depth_scale), mask=('mlp', 'embed')),
+    }
     if mixer.activation == 'swiglu':
         declared['gate'] = _param([d, *f], _fan_in(1))
     if mixer.bias:
@@ -159,7 +166,10 @@ def _mlp(mixer: MLP, embed: Any, layout: Layout, depth_scale: float) -> dict[str
 
 def _moe(mixer: MoE, embed: Any, layout: Layout, depth_scale: float) -> dict[str, Param]:
     d, f = ('embed', embed), ('expert_width', mixer.expert_width)
-    e = [('experts_blocks', layout.blocks('experts', mixer)), ('experts', inner_width(layout, 'experts', mixer, mixer.experts))]
+    e = [
+        ('experts_blocks', layout.blocks('experts', mixer)),
+        ('experts', inner_width(layout, 'experts', mixer, mixer.experts)),
+    ]
     declared = {
         'router': _param([d, *e], _fan_in(1), float32=True),
         'expert_up': _param([*e, d, f], _fan_in(1, skip=2)),

@@ -8,11 +8,11 @@ import jax
 
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
-from elastic_jax.layout import Layout
+from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, leaves, param_table
 
 
-def slice_params(params: dict[str, Any], parent: Arch, child: Arch, layout: Layout = Layout()) -> dict[str, Any]:
+def slice_params(params: dict[str, Any], parent: Arch, child: Arch, layout: Layout = FLAT) -> dict[str, Any]:
     """The parameters of `child`, cut from those of `parent`: pure, differentiable, static shapes.
 
     Args:

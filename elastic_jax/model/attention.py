@@ -1,0 +1,111 @@
+"""Causal grouped-query attention."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from elastic_jax.arch import Attention, Rope
+from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.norm import rms_norm
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one block, [B, S, K, H]; slot s holds token s of its row."""
+
+    k_BxSxKxH: jax.Array
+    v_BxSxKxH: jax.Array
+
+
+def init_kv_cache(mixer: Attention, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    shape = (batch, slots, mixer.kv_heads, mixer.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def attention(
+    params: dict[str, jax.Array],
+    x_BxTxD: jax.Array,
+    mixer: Attention,
+    context: Context,
+    cache: KVCache | None,
+    soft: Soft = HARD,
+) -> Mixed:
+    """The attention mixer. KV heads are stored (G, K/G) and merged here; Q is the number of query heads per KV head."""
+    del soft
+    q_BxTxKxQxH = _project(x_BxTxD, params['q'], params.get('q_bias'))
+    k_BxTxKxH = _project(x_BxTxD, params['k'], params.get('k_bias'))
+    v_BxTxKxH = _project(x_BxTxD, params['v'], params.get('v_bias'))
+    if mixer.qk_norm:
+        q_BxTxKxQxH = rms_norm(q_BxTxKxQxH, params['q_norm'], context.norm_eps)
+        k_BxTxKxH = rms_norm(k_BxTxKxH, params['k_norm'], context.norm_eps)
+    if mixer.rope is not None:
+        cos_BxTxH, sin_BxTxH = rotary_angles(context.positions_BxT, mixer.head_dim, mixer.rope)
+        q_BxTxKxQxH = rotate(q_BxTxKxQxH, cos_BxTxH[:, :, None, None], sin_BxTxH[:, :, None, None])
+        k_BxTxKxH = rotate(k_BxTxKxH, cos_BxTxH[:, :, None], sin_BxTxH[:, :, None])
+    if cache is None:
+        allowed_BxTxS = _causal(x_BxTxD.shape[1], context.segment_ids_BxT)
+        keys, values = k_BxTxKxH, v_BxTxKxH
+    else:
+        cache = KVCache(
+            _write(cache.k_BxSxKxH, k_BxTxKxH, context.length_B), _write(cache.v_BxSxKxH, v_BxTxKxH, context.length_B)
+        )
+        keys, values = cache.k_BxSxKxH.astype(x_BxTxD.dtype), cache.v_BxSxKxH.astype(x_BxTxD.dtype)
+        last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])
+        allowed_BxTxS = jnp.arange(keys.shape[1]) <= last_BxT[..., None]
+    heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
+    o = params['o'].astype(x_BxTxD.dtype)
+    y_BxTxD = jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:]))
+    if mixer.output_bias:
+        y_BxTxD = y_BxTxD + params['o_bias'].astype(y_BxTxD.dtype)
+    return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})
+
+
+def _project(x_BxTxD: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x @ kernel [D, G, K/G, ...], with the two dimensions of the KV heads merged."""
+    kernel = kernel.reshape(kernel.shape[0], -1, *kernel.shape[3:])
+    y = jnp.tensordot(x_BxTxD, kernel.astype(x_BxTxD.dtype), axes=1)
+    return y if bias is None else y + bias.reshape(kernel.shape[1:]).astype(y.dtype)
+
+
+def _causal(length: int, segment_ids_BxT: jax.Array | None) -> jax.Array:
+    steps_T = jnp.arange(length)
+    allowed_1xTxS = (steps_T[:, None] >= steps_T[None, :])[None]
+    if segment_ids_BxT is None:
+        return allowed_1xTxS
+    return allowed_1xTxS & (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])
+
+
+def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
+    scale = 1.0 / math.sqrt(q_BxTxKxQxH.shape[-1])
+    scores_BxKxQxTxS = jnp.einsum('btkqh,bskh->bkqts', q_BxTxKxQxH * scale, k_BxSxKxH, preferred_element_type=jnp.float32)
+    # A finite floor: a padding token that may see nothing gets an average, never NaN.
+    scores_BxKxQxTxS = jnp.where(allowed_BxTxS[:, None, None], scores_BxKxQxTxS, -1e30)
+    weights_BxKxQxTxS = jax.nn.softmax(scores_BxKxQxTxS, axis=-1).astype(v_BxSxKxH.dtype)
+    return jnp.einsum('bkqts,bskh->btkqh', weights_BxKxQxTxS, v_BxSxKxH)
+
+
+def _write(cache_BxSxKxH: jax.Array, new_BxTxKxH: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Writes each row's new entries at its own position."""
+    update = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0))
+    return jax.vmap(update)(cache_BxSxKxH, new_BxTxKxH.astype(cache_BxSxKxH.dtype), start_B)
+
+
+def rotary_angles(positions_BxT: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H/2] of the rotary angles, in float32 (RoFormer, arXiv 2104.09864; scaling as Llama 3.1 does)."""
+    inverse = rope.theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.scaling:
+        factor, low, high, original = rope.scaling
+        wavelength = 2 * math.pi / inverse
+        smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+        inverse = (1 - smooth) * inverse / factor + smooth * inverse
+    angles = positions_BxT[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i+H/2}) by their angles."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

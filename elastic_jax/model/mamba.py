@@ -1,0 +1,108 @@
+"""The Mamba-2 mixer: causal convolution, chunked state-space duality (SSD), gated grouped norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from elastic_jax.arch import Mamba
+from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.norm import rms_norm
+from elastic_jax.model.ssd import ssd, ssd_step
+
+
+class MambaCache(NamedTuple):
+    """The last conv-1 inputs of each convolution, [B, conv-1, ...], and the SSM state [B, G, M, P, N] in float32."""
+
+    x: jax.Array
+    b: jax.Array
+    c: jax.Array
+    state_BxGxMxPxN: jax.Array
+
+
+def init_mamba_cache(mixer: Mamba, batch: int, dtype: jnp.dtype) -> MambaCache:
+    g, m, p, n = mixer.groups, mixer.heads_per_group, mixer.head_dim, mixer.state
+    window = (batch, mixer.conv - 1, g)
+    return MambaCache(
+        jnp.zeros((*window, m, p), dtype),
+        jnp.zeros((*window, n), dtype),
+        jnp.zeros((*window, n), dtype),
+        jnp.zeros((batch, g, m, p, n), jnp.float32),
+    )
+
+
+def mamba(
+    params: dict[str, jax.Array],
+    x_BxTxD: jax.Array,
+    mixer: Mamba,
+    context: Context,
+    cache: MambaCache | None,
+    soft: Soft = HARD,
+) -> Mixed:
+    """The Mamba-2 mixer (arXiv 2405.21060). G groups share B and C; each has M heads of P channels and a state of N."""
+    project = lambda name: jnp.tensordot(x_BxTxD, params[name].astype(x_BxTxD.dtype), axes=1)
+    inputs = {name: project(name) for name in ('x', 'b', 'c')}
+    convolved, history = {}, {}
+    for name, u in inputs.items():
+        past = None if cache is None else getattr(cache, name)
+        kernel, bias = params[f'conv_{name}'], params.get(f'conv_{name}_bias')
+        convolved[name] = jax.nn.silu(causal_conv(u, kernel, bias, context.segment_ids_BxT, past))
+        if cache is not None:
+            history[name] = _last_inputs(past, u, context.valid_B)
+    x_BxTxGxMxP, b_BxTxGxN, c_BxTxGxN = convolved['x'], convolved['b'], convolved['c']
+
+    dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'])
+    dt_BxTxGxM = jnp.clip(dt_BxTxGxM, mixer.dt_min, mixer.dt_max)
+    a_GxM = -jnp.exp(params['a_log'])
+    if cache is None:
+        y_BxTxGxMxP, _ = ssd(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT, mixer.chunk)
+    else:
+        # A token past the end of its row takes a step of zero length, which leaves the state as it is.
+        real_BxT = jnp.arange(x_BxTxD.shape[1]) < context.valid_B[:, None]
+        dt_BxTxGxM = jnp.where(real_BxT[..., None, None], dt_BxTxGxM, 0.0)
+        run = ssd_step if x_BxTxD.shape[1] == 1 else lambda *args: ssd(*args[:5], None, mixer.chunk, args[5])
+        y_BxTxGxMxP, state = run(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, cache.state_BxGxMxPxN)
+        cache = MambaCache(**history, state_BxGxMxPxN=state)
+    y_BxTxGxMxP = y_BxTxGxMxP + params['d'][..., None] * x_BxTxGxMxP.astype(jnp.float32)
+
+    gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
+    normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, soft.gated_ratio, axes=(-2, -1))
+    y_BxTxD = jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3)
+    return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
+
+
+def causal_conv(
+    u_BxTxC: jax.Array,
+    kernel_KxC: jax.Array,
+    bias_C: jax.Array | None,
+    segment_ids_BxT: jax.Array | None,
+    past_BxKxC: jax.Array | None,
+) -> jax.Array:
+    """Depthwise causal convolution along T, which sees only its own document; C may be several dimensions.
+
+    `past_BxKxC` holds the K-1 inputs before the first (a cache); without it they are zero.
+    """
+    taps, length = kernel_KxC.shape[0], u_BxTxC.shape[1]
+    if past_BxKxC is None:
+        past_BxKxC = jnp.zeros((u_BxTxC.shape[0], taps - 1, *u_BxTxC.shape[2:]), u_BxTxC.dtype)
+    padded = jnp.concatenate([past_BxKxC.astype(u_BxTxC.dtype), u_BxTxC], axis=1)
+    kernel_KxC = kernel_KxC.astype(u_BxTxC.dtype)
+    y = u_BxTxC * kernel_KxC[-1]
+    for shift in range(1, taps):
+        shifted = jax.lax.slice_in_dim(padded, taps - 1 - shift, taps - 1 - shift + length, axis=1)
+        term = shifted * kernel_KxC[-1 - shift]
+        if segment_ids_BxT is not None:
+            before = jnp.pad(segment_ids_BxT, ((0, 0), (shift, 0)), constant_values=-1)[:, :length]
+            same = (before == segment_ids_BxT).reshape(*segment_ids_BxT.shape, *(1,) * (u_BxTxC.ndim - 2))
+            term = jnp.where(same, term, 0)
+        y = y + term
+    return y if bias_C is None else y + bias_C.astype(y.dtype)
+
+
+def _last_inputs(past_BxKxC: jax.Array, u_BxTxC: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """The K-1 inputs up to and including each row's last real token."""
+    joined = jnp.concatenate([past_BxKxC.astype(u_BxTxC.dtype), u_BxTxC], axis=1)
+    take = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, past_BxKxC.shape[1], axis=0)
+    return jax.vmap(take)(joined, valid_B).astype(past_BxKxC.dtype)

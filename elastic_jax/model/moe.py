@@ -1,0 +1,100 @@
+"""The mixture-of-experts mixer: route, run the chosen experts, add the shared one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from elastic_jax.arch import MoE
+from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.grouped import Matmul, apply_experts
+from elastic_jax.model.mlp import feed_forward
+
+
+def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: Context, cache: None, soft: Soft = HARD) -> Mixed:
+    """The MoE mixer. Experts are stored (G, E/G) and merged here.
+
+    Aux: `expert_load` [E], the share of (real token, choice) pairs of each expert; `balance_loss`, the auxiliary loss of
+    Switch Transformers (arXiv 2101.03961, equation 4), 1 when balanced.
+    """
+    del cache
+    batch, length, embed = x_BxTxD.shape
+    x_NxD = x_BxTxD.reshape(-1, embed)
+    merge = lambda name: params[name].reshape(-1, *params[name].shape[2:])
+    share_E = None if soft.experts is None else soft.experts.reshape(-1)
+    bias_E = merge('correction_bias') if mixer.correction_bias else None
+    router_DxE = params['router'].reshape(embed, -1)
+    ids_NxK, weights_NxK, scores_NxE = route(x_NxD, router_DxE, bias_E, mixer, share_E)
+
+    w = {name: merge(f'expert_{name}').astype(x_NxD.dtype) for name in ('up', 'gate', 'down') if f'expert_{name}' in params}
+
+    def network(rows_RxD: jax.Array, matmul: Matmul) -> tuple[jax.Array, ...]:
+        hidden = matmul(rows_RxD, w['up'])
+        if mixer.activation == 'swiglu':
+            activation = jax.nn.silu(matmul(rows_RxD, w['gate'])) * hidden
+        else:
+            activation = jnp.square(jax.nn.relu(hidden))
+        out = matmul(activation, w['down'])
+        return (out, activation) if context.taps else (out,)
+
+    out_NxKxD, *activations = apply_experts(x_NxD, ids_NxK, w['up'].shape[0], network)
+    y_NxD = jnp.einsum('nkd,nk->nd', out_NxKxD, weights_NxK.astype(out_NxKxD.dtype))
+    aux = _load(ids_NxK, scores_NxE, context)
+    if context.taps:
+        shape = (batch, length, mixer.top_k)
+        norm_NxK = jnp.linalg.norm(out_NxKxD.astype(jnp.float32), axis=-1)
+        aux |= {'expert_ids': ids_NxK.reshape(shape), 'expert_weights': weights_NxK.reshape(shape)}
+        aux |= {'expert_norms': norm_NxK.reshape(shape), 'expert_width': activations[0].reshape(*shape, -1)}
+    if mixer.shared_width:
+        shared_NxD, shared_NxF = feed_forward(x_NxD, params['shared_up'], params.get('shared_gate'), params['shared_down'])
+        y_NxD = y_NxD + shared_NxD
+        if context.taps:
+            aux['shared_width'] = shared_NxF.reshape(batch, length, -1)
+    return Mixed(y_NxD.reshape(batch, length, embed), None, aux)
+
+
+def route(
+    x_NxD: jax.Array, router_DxE: jax.Array, bias_E: jax.Array | None, mixer: MoE, share_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(expert ids [N, K], their weights [N, K], scores [N, E]), all in float32.
+
+    Experts are chosen by score + correction bias, inside the best routing groups (a group's score is the sum of its two
+    best), and weighed by the score alone. A share of 0 removes an expert before softmax and before group scores, so that it
+    is never chosen, whatever the signs of scores and biases.
+    """
+    logits_NxE = x_NxD.astype(jnp.float32) @ router_DxE.astype(jnp.float32)
+    if share_E is not None:
+        dropped_E = share_E <= 0
+        log_share_E = jnp.where(dropped_E, -jnp.inf, jnp.log(jnp.where(dropped_E, 1.0, share_E)))
+    if mixer.scoring == 'softmax':
+        scores_NxE = jax.nn.softmax(logits_NxE if share_E is None else logits_NxE + log_share_E, axis=-1)
+    else:
+        scores_NxE = jax.nn.sigmoid(logits_NxE) * (1.0 if share_E is None else share_E)
+    choice_NxE = jax.lax.stop_gradient(scores_NxE if bias_E is None else scores_NxE + bias_E)
+    if share_E is not None:
+        choice_NxE = choice_NxE + jax.lax.stop_gradient(log_share_E)
+    if mixer.groups > 1:
+        grouped_NxGxE = choice_NxE.reshape(choice_NxE.shape[0], mixer.groups, -1)
+        group_scores_NxG = jax.lax.top_k(grouped_NxGxE, 2)[0].sum(-1)
+        _, best_NxG = jax.lax.top_k(group_scores_NxG, mixer.top_groups)
+        allowed_NxG = jax.nn.one_hot(best_NxG, mixer.groups, dtype=bool).any(axis=1)
+        choice_NxE = jnp.where(allowed_NxG[..., None], grouped_NxGxE, -jnp.inf).reshape(choice_NxE.shape)
+    _, ids_NxK = jax.lax.top_k(choice_NxE, mixer.top_k)
+    weights_NxK = jnp.take_along_axis(scores_NxE, ids_NxK, axis=-1)
+    if mixer.normalize:
+        weights_NxK = weights_NxK / (weights_NxK.sum(-1, keepdims=True) + 1e-20)
+    return ids_NxK, weights_NxK * mixer.scale, scores_NxE
+
+
+def _load(ids_NxK: jax.Array, scores_NxE: jax.Array, context: Context) -> dict[str, jax.Array]:
+    experts = scores_NxE.shape[-1]
+    real_N = jnp.ones(ids_NxK.shape[0]) if context.segment_ids_BxT is None else (context.segment_ids_BxT.reshape(-1) > 0) * 1.0
+    count = jnp.maximum(real_N.sum(), 1.0)
+    pairs_E = jnp.zeros(experts).at[ids_NxK].add(real_N[:, None])
+    load_E = pairs_E / (count * ids_NxK.shape[-1])
+    probability_NxE = scores_NxE / (scores_NxE.sum(-1, keepdims=True) + 1e-20)
+    mean_E = (probability_NxE * real_N[:, None]).sum(0) / count
+    return {
+        'expert_load': jax.lax.stop_gradient(load_E),
+        'balance_loss': experts * jnp.sum(jax.lax.stop_gradient(load_E) * mean_E),
+    }
