@@ -1,0 +1,46 @@
+"""Tiny architectures of every family, shared by the tests."""
+
+from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE, Rope
+
+# All four mixers, Nemotron-H style: relu², untied, no rotary.
+HYBRID = Arch.from_pattern(
+    'ME*-E',
+    vocab=64,
+    embed=32,
+    mamba=Mamba(heads=8, head_dim=4, groups=2, state=8, chunk=8),
+    attention=Attention(kv_heads=4, query_heads=2, head_dim=8),
+    mlp=MLP(width=48),
+    moe=MoE(experts=8, expert_width=16, top_k=2, shared_width=24, scale=2.5),
+)
+
+# Group-limited routing: the best 2 of 4 groups of 4 experts.
+GROUPED_MOE = Arch.from_pattern(
+    '*E',
+    vocab=64,
+    embed=32,
+    attention=Attention(kv_heads=2, query_heads=2, head_dim=8),
+    moe=MoE(experts=16, expert_width=8, top_k=3, shared_width=8, groups=4, top_groups=2),
+)
+
+# Llama: rotary, SwiGLU, tied; a drop unit is attention + MLP.
+LLAMA = Arch.from_pattern(
+    '*-*-',
+    vocab=64,
+    embed=32,
+    attention=Attention(kv_heads=2, query_heads=2, head_dim=8, rope=Rope(theta=500000.0)),
+    mlp=MLP(width=48, activation='swiglu'),
+    tied=True,
+    unit_blocks=2,
+)
+
+# Qwen3-MoE: rotary, qk-norm, softmax scoring without bias or shared expert.
+QWEN_MOE = Arch.from_pattern(
+    '*E*E',
+    vocab=64,
+    embed=32,
+    attention=Attention(kv_heads=2, query_heads=2, head_dim=8, rope=Rope(theta=1e6), qk_norm=True),
+    moe=MoE(experts=8, expert_width=12, top_k=2, activation='swiglu', scoring='softmax', correction_bias=False),
+    unit_blocks=2,
+)
+
+FAMILIES = {'hybrid': HYBRID, 'grouped_moe': GROUPED_MOE, 'llama': LLAMA, 'qwen_moe': QWEN_MOE}
