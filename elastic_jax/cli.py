@@ -1,0 +1,284 @@
+"""The `elastic` command: one thin function per verb, over the same functions as `api.py`.
+
+Exit status 0; 1 when the work failed; 2 for bad usage or input. Errors are one sentence on stderr; results go to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_jax.errors import UserError, WorkError
+
+PATH_THROUGH = """\
+elastic: one parent language model in, one checkpoint with several nested models out.
+
+The usual path:
+  elastic train    --config experiments/quickstart.py --workdir runs/quickstart    a parent, ranked, searched, trained elastically
+  elastic inspect  --checkpoint runs/quickstart                                     what is inside: budgets, widths, costs
+  elastic eval     --checkpoint runs/quickstart                                     how good every budget is
+  elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '      text from any size
+  elastic slice    --checkpoint runs/quickstart --budget small --out out/small      one size as a checkpoint of its own
+  elastic report   --workdir runs/quickstart                                        report.html and pareto.png
+
+`elastic VERB --help` says more about each.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-sentence errors that name the nearest flag."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f'{message} (see {self.prog} --help)')
+
+    def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in _all_actions(self, argv) for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition('=')[0], flags, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            self.error(f'unknown argument {unknown[0]!r}{hint}')
+        return parsed
+
+
+def _all_actions(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[argparse.Action]:
+    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return verbs.choices[argv[0]]._actions if argv and argv[0] in verbs.choices else parser._actions
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `elastic` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = run(argv)
+    except UserError as error:
+        status = _fail(error, 2)
+    except WorkError as error:
+        status = _fail(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except KeyboardInterrupt:
+        status = _fail('interrupted', 130)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _fail(error: object, status: int) -> int:
+    print(f'elastic: {error}', file=sys.stderr)
+    return status
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command and returns its exit status."""
+    if not argv:
+        print(PATH_THROUGH, end='')
+        return 0
+    if argv[0] == 'train' and not {'-h', '--help'} & set(argv):
+        return _train(argv[1:])
+    arguments = _parser().parse_strictly(argv)
+    return arguments.run(arguments)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog='elastic', description=PATH_THROUGH, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest='verb', metavar='VERB', required=True, parser_class=_Parser)
+
+    def verb(name: str, summary: str, example: str, function: Any) -> argparse.ArgumentParser:
+        own = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f'example:\n  {example}',
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        own.set_defaults(run=function)
+        return own
+
+    train = verb(
+        'train',
+        'Run or resume an experiment; the same command goes on where it stopped.',
+        'elastic train --config experiments/quickstart.py --workdir runs/quickstart --config.stages.search.steps=100',
+        None,
+    )
+    train.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='file with get_config(arg); --config.key=value overrides'
+    )
+    train.add_argument('--workdir', required=True, help='where config, metrics, checkpoints and report go (any path, also gs://)')
+
+    inspect = verb('inspect', 'Show the budgets of a checkpoint.', 'elastic inspect --checkpoint runs/quickstart', _inspect)
+    _checkpoint(inspect)
+    _json(inspect)
+
+    cut = verb(
+        'slice',
+        'Cut one size out of a checkpoint, reading only its bytes.',
+        'elastic slice --checkpoint runs/quickstart --budget small --format hf --out out/small',
+        _slice,
+    )
+    _checkpoint(cut)
+    size = cut.add_mutually_exclusive_group(required=True)
+    size.add_argument('--budget', help='a budget of the checkpoint')
+    size.add_argument('--widths', help='any widths that nest, such as embed=96,mlp=256,mlp@3=128; others stay full')
+    cut.add_argument('--out', required=True, help='a folder that does not exist yet')
+    cut.add_argument('--format', choices=('orbax', 'hf'), default='orbax')
+    cut.add_argument('--dtype', choices=('bfloat16', 'float32'), help='dtype of the weights (default: as stored)')
+
+    evaluate = verb(
+        'eval', 'Held-out loss of every budget, in one load.', 'elastic eval --checkpoint runs/quickstart --data notes.txt', _eval
+    )
+    _checkpoint(evaluate)
+    evaluate.add_argument('--budgets', help='comma-separated (default: all)')
+    evaluate.add_argument('--data', help="a text or JSONL file (default: the run's own held-out data)")
+    evaluate.add_argument('--context', type=int, default=256, help='tokens per sequence')
+    evaluate.add_argument('--batches', type=int, default=32, help='at most this many batches of 8 sequences')
+    _json(evaluate)
+
+    generate = verb(
+        'generate',
+        'Continue a prompt.',
+        'elastic generate --checkpoint runs/quickstart --prompt "import " --budget small',
+        _generate,
+    )
+    _checkpoint(generate)
+    generate.add_argument('--prompt', required=True)
+    generate.add_argument('--budget', help='which size (default: the largest)')
+    generate.add_argument('--think', help='budget that thinks')
+    generate.add_argument('--answer', help='budget that answers')
+    generate.add_argument('--thinking-tokens', type=int, default=256)
+    generate.add_argument('--max-tokens', type=int, default=128)
+    generate.add_argument('--temperature', type=float, default=0.0, help='0 is greedy')
+    generate.add_argument('--top-k', type=int, default=0, help='0: all')
+    generate.add_argument('--top-p', type=float, default=1.0)
+    generate.add_argument('--seed', type=int, default=0)
+    _json(generate)
+
+    report = verb('report', 'Write report.html and pareto.png.', 'elastic report --workdir runs/quickstart', _report)
+    report.add_argument('--workdir', required=True)
+    return parser
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--checkpoint', required=True, metavar='DIR', help='a workdir, or one step of it')
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
+
+
+def _train(argv: list[str]) -> int:
+    from elastic_jax.train.loop import Stopped, train
+
+    config, workdir = load_config(argv)
+    try:
+        train(config, workdir)
+    except Stopped as stopped:
+        print(f'elastic: {stopped}', file=sys.stderr)
+    return 0
+
+
+def load_config(argv: list[str]) -> tuple[Any, str]:
+    """(config, workdir) from the arguments of `elastic train`; overrides and their errors as ml_collections has them."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', None, 'file with get_config(arg)', flag_values=values)
+    flags.DEFINE_string('workdir', None, 'where everything goes', flag_values=values)
+    path = next((arg.partition('=')[2] or _after(argv, arg) for arg in argv if arg.partition('=')[0] == '--config'), None)
+    if not path:
+        raise UserError('train needs --config FILE, such as experiments/quickstart.py')
+    if not Path(path.partition(':')[0]).is_file():
+        raise UserError(f'--config {path}: there is no file {path.partition(":")[0]}; give a file with get_config')
+    try:
+        rest = values(['elastic', *argv])
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname, values)) from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'cannot read the config: {_one_line(error)}') from error
+    if len(rest) > 1:
+        raise UserError(f'unknown argument {rest[1]!r}; train takes --config, --workdir and --config.key=value')
+    if not values.workdir:
+        raise UserError('train needs --workdir DIR, where config, metrics, checkpoints and report go')
+    return values.config, values.workdir
+
+
+def _after(argv: list[str], flag: str) -> str | None:
+    place = argv.index(flag) + 1
+    return argv[place] if place < len(argv) else None
+
+
+def _unknown_flag(name: str, values: Any) -> str:
+    from elastic_jax.train.workdir import flatten
+
+    if not name.startswith('config.'):
+        near = difflib.get_close_matches(name, ['config', 'workdir'], n=1)
+        return f'unknown flag --{name}' + (f'; did you mean --{near[0]}?' if near else '')
+    known = list(flatten(json.loads(values.config.to_json())))
+    near = difflib.get_close_matches(name.removeprefix('config.'), known, n=1)
+    return f'unknown config key {name.removeprefix("config.")!r}' + (f'; did you mean {near[0]!r}?' if near else '')
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from elastic_jax.api import open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    print(json.dumps(checkpoint.describe()) if arguments.json else checkpoint.budgets)
+    return 0
+
+
+def _slice(arguments: argparse.Namespace) -> int:
+    from elastic_jax.api import open_checkpoint
+    from elastic_jax.arch import parse_widths
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    widths = parse_widths(arguments.widths) if arguments.widths else None
+    write = checkpoint.export if arguments.format == 'hf' else checkpoint.slice
+    write(arguments.budget, arguments.out, widths=widths, dtype=arguments.dtype)
+    print(f'wrote {arguments.out}', file=sys.stderr)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from elastic_jax.api import open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    budgets = arguments.budgets.split(',') if arguments.budgets else None
+    scores = checkpoint.evaluate(budgets, data=arguments.data, context=arguments.context, batches=arguments.batches)
+    if arguments.json:
+        print(json.dumps({'budgets': [{'name': name, **score} for name, score in scores.items()]}))
+    else:
+        for name, score in scores.items():
+            print(f'{name:12s} {score["bits_per_byte"]:.4f} bits per byte  {score["loss"]:.4f} nats per token')
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from elastic_jax.api import open_checkpoint
+    from elastic_jax.infer.sampling import Sampling
+
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    if bool(arguments.think) != bool(arguments.answer):
+        raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
+    model = checkpoint.load(arguments.budget or checkpoint.largest)
+    text = model.generate(arguments.prompt, max_tokens=arguments.max_tokens, sampling=sampling, seed=arguments.seed)
+    print(json.dumps({'prompt': arguments.prompt, 'text': text}) if arguments.json else text)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from elastic_jax.evaluate.report import write_report
+
+    print(write_report(arguments.workdir))
+    return 0

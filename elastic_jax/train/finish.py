@@ -1,0 +1,112 @@
+"""Held-out evaluation during and after a run, and the table and report at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from elastic_jax.arch import Arch
+from elastic_jax.data.pipeline import heldout_batches
+from elastic_jax.evaluate.perplexity import evaluate
+from elastic_jax.evaluate.report import write_report
+from elastic_jax.evaluate.summary import format_table, summary_rows
+from elastic_jax.infer.generate import generate
+from elastic_jax.metrics import MetricsWriter, read_metrics
+from elastic_jax.model.context import context_for
+from elastic_jax.model.decoder import hidden_states, unembedding
+from elastic_jax.nest.masks import mask_params, softs
+from elastic_jax.nest.router import router_logits, soft_masks
+from elastic_jax.nest.slice import slice_params
+from elastic_jax.train.curriculum import Stage
+from elastic_jax.train.persist import Snapshot
+from elastic_jax.train.setup import Plan
+
+
+class Evaluator:
+    """Evaluates budgets on the same held-out batches throughout a run."""
+
+    def __init__(self, plan: Plan, writer: MetricsWriter):
+        self.plan, self.writer, self.batches = plan, writer, None
+
+    def heldout(self) -> list[dict[str, Any]]:
+        if self.batches is None:
+            config = self.plan.config
+            stream = heldout_batches(config.data, config.eval.batch_size, config.eval.context, config.eval.batches)
+            self.batches = list(stream)
+        return self.batches
+
+    def score(self, params: Any, parent: Arch, arch: Arch) -> dict[str, float]:
+        """Held-out loss and bits per byte of one slice."""
+        sliced = slice_params(params, parent, arch, self.plan.layout)
+        return evaluate(
+            sliced,
+            arch,
+            self.heldout(),
+            layout=self.plan.layout,
+            dtype=jnp.dtype(self.plan.config.dtype),
+            chunk=self.plan.config.loss_chunk,
+        )
+
+    def during(self, at: Snapshot, stage: Stage) -> None:
+        """Scores every budget whose widths are known."""
+        for name, arch in at.archs.items():
+            score = self.score(at.state.params, at.parent, arch)
+            self.writer.write('eval', at.step, stage=stage.name, budget=name, **_brief(score))
+
+    def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:
+        """Logs what freezing the soft masks to hard widths does to the held-out loss."""
+        plan, batch = self.plan, self.heldout()[0]
+        for n, name in enumerate(plan.budgets):
+            one_hot = jax.nn.one_hot(n, len(plan.budgets))
+            soft = float(_soft_loss(at.state.params, router, batch, one_hot, at.parent, plan.grid, plan.layout))
+            sliced = slice_params(at.state.params, at.parent, archs[name], plan.layout)
+            hard = evaluate(
+                sliced, archs[name], [batch], layout=plan.layout, dtype=jnp.dtype(plan.config.dtype), chunk=plan.config.loss_chunk
+            )
+            self.writer.write('hardening', at.step, budget=name, soft_loss=soft, hard_loss=hard['loss'])
+
+    def final(self, at: Snapshot, teacher: Any) -> dict[str, dict[str, float]]:
+        """Scores every budget after elastic training, the same slices before it, and the parent; writes the final rows."""
+        after = {name: self.score(at.state.params, at.parent, arch) for name, arch in at.archs.items()}
+        before = {name: self.score(teacher, at.parent, arch) for name, arch in at.archs.items()}
+        rows, parent = summary_rows(at.archs, at.parent, after, before, context=self.plan.config.metric_context)
+        self.writer.write('final', at.step, rows=rows, parent=parent)
+        for name, arch in at.archs.items():
+            sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
+            prompts = list(self.plan.config.samples.prompts)
+            if prompts:
+                completions = generate(sliced, arch, self.plan.tokenizer, prompts, max_tokens=self.plan.config.samples.tokens)
+                for prompt, completion in zip(prompts, completions, strict=True):
+                    self.writer.write('samples', at.step, budget=name, prompt=prompt, text=completion.text)
+        return {name: _brief(score) for name, score in after.items()}
+
+
+def _brief(score: dict[str, float]) -> dict[str, float]:
+    return {key: score[key] for key in ('loss', 'bits_per_byte')}
+
+
+@partial(jax.jit, static_argnames=('parent', 'grid', 'layout'))
+def _soft_loss(params: Any, router: Any, batch: Any, one_hot: jax.Array, parent: Arch, grid: Any, layout: Any) -> jax.Array:
+    """Cross-entropy of one batch under the router's noiseless soft masks at the final scale."""
+    probabilities = {axis: jax.nn.softmax(value, axis=-1) for axis, value in router_logits(router, grid, one_hot).items()}
+    masks = soft_masks(parent, grid, probabilities, layout)
+    context = context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=parent.norm_eps)
+    masked = mask_params(params, parent, masks, layout)
+    hidden_BxTxD, _ = hidden_states(masked, batch['tokens'], parent, context, softs(parent, masks, layout))
+    log_q = jax.nn.log_softmax((hidden_BxTxD @ unembedding(masked)).astype(jnp.float32))
+    nats_BxT = -jnp.take_along_axis(log_q, batch['targets'][..., None], axis=-1)[..., 0]
+    return jnp.sum(nats_BxT * batch['loss_mask']) / jnp.sum(batch['loss_mask'])
+
+
+def finish(workdir: epath.Path, say: Callable[[str], None]) -> None:
+    """Writes the report and prints the final table (the one thing on stdout)."""
+    final = [line for line in read_metrics(workdir) if line['kind'] == 'final']
+    path = write_report(workdir)
+    if final:
+        print(format_table(final[-1]['rows'], final[-1]['parent']), flush=True)
+    say(f'report: {path}')

@@ -1,0 +1,172 @@
+"""What a run saves and how it comes back: the snapshot, and the store that turns it into checkpoint items."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from elastic_jax.arch import Arch
+from elastic_jax.checkpoint.manager import CheckpointManager
+from elastic_jax.checkpoint.manifest import Budget, Manifest
+from elastic_jax.checkpoint.restore import read_manifest, restore_slice
+from elastic_jax.cost import cost_of
+from elastic_jax.errors import UserError
+from elastic_jax.model.params import abstract_params, init_params
+from elastic_jax.nest.ordering import Ordering, ordering_hash
+from elastic_jax.nest.router import init_router
+from elastic_jax.train.setup import Plan
+from elastic_jax.train.state import TrainState, new_state
+
+DONE = 'done'
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands between two steps.
+
+    Attributes:
+      step: steps taken in all; stage, stage_step: the next step's place in the curriculum (`done` when there is none).
+      state: the training state. router: the searched router, kept after the search for budgets in between.
+      ordering, parent: set once the parent is ordered; archs: budget -> Arch, as far as known.
+      data: state of the data iterator after the last consumed batch; None at the start of a stage.
+      metrics: budget -> its latest held-out metrics.
+    """
+
+    step: int
+    stage: str
+    stage_step: int
+    state: TrainState
+    router: Any
+    ordering: Ordering
+    parent: Arch
+    archs: dict[str, Arch]
+    data: dict[str, Any] | None
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+class Store:
+    """Saves and restores snapshots in a workdir."""
+
+    def __init__(self, workdir: epath.Path, plan: Plan):
+        self.plan, self.workdir = plan, workdir
+        self.manager = CheckpointManager(workdir, keep=plan.config.checkpoint.keep)
+        self.last: int | None = None
+
+    def latest(self) -> int | None:
+        return self.manager.latest()
+
+    def wait(self) -> None:
+        self.manager.wait()
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def initial_params(self) -> Any:
+        """The parent's parameters: from `config.parent.checkpoint`, else random."""
+        config = self.plan.config
+        if config.parent.checkpoint:
+            return restore_slice(config.parent.checkpoint, self.plan.parent)
+        return jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
+
+    def save(self, at: Snapshot) -> None:
+        """Saves in the background; a step that is there already is left as it is."""
+        if at.step == self.last and at.stage != DONE:
+            return
+        counters = {'step': at.state.step, 'skipped': at.state.skipped, 'bad_run': at.state.bad_run}
+        opt_state = {'optimizer': at.state.opt_state, 'router': at.state.router_opt_state, 'counters': counters}
+        self.manager.save(
+            at.step,
+            params=at.state.params,
+            opt_state=opt_state,
+            router=at.state.router or at.router,
+            ordering=at.ordering,
+            data=at.data or {},
+            manifest=self._manifest(at),
+        )
+        self.last = at.step
+
+    def save_parent(self, params: Any, parent: Arch, ordering: Ordering) -> None:
+        """Pins the ordered parent, the frozen teacher, in `WORKDIR/parent`."""
+        first = next(stage for stage in self.plan.stages if stage.kind != 'pretrain')
+        state = TrainState(*(None,) * 7)
+        at = Snapshot(first.start, first.name, 0, state, {}, ordering, parent, {'full': parent}, None)
+        self.manager.save_parent(params, self._manifest(at))
+
+    def restore_parent(self) -> Any:
+        return self.manager.restore_parent(abstract_params(self.plan.parent, self.plan.layout))
+
+    def _manifest(self, at: Snapshot) -> Manifest:
+        plan = self.plan
+        budgets = {
+            name: Budget(arch, cost_of(arch, plan.config.metric_context).to_json(), at.metrics.get(name, {}))
+            for name, arch in at.archs.items()
+        }
+        return Manifest(
+            arch=at.parent,
+            layout=plan.layout,
+            budgets=budgets,
+            step=at.step,
+            stage=at.stage,
+            stage_step=at.stage_step,
+            rng=[plan.config.seed],
+            dtypes={'params': 'float32', 'compute': plan.config.dtype},
+            tokenizer=plan.tokenizer.spec,
+            hf_config=self._hf_config(),
+            data_fingerprint=(at.data or {}).get('fingerprint', ''),
+            ordering_hash=ordering_hash(at.ordering),
+            experiment=plan.config.name,
+            extra={'targets': plan.targets, 'metric': plan.config.metric, 'teacher': plan.config.teacher},
+        )
+
+    def _hf_config(self) -> dict[str, Any] | None:
+        checkpoint = self.plan.config.parent.checkpoint
+        return read_manifest(checkpoint).hf_config if checkpoint else None
+
+    def restore(self, step: int) -> Snapshot:
+        """The snapshot of a saved step. Raises UserError when it does not fit the config."""
+        plan = self.plan
+        manifest = read_manifest(self.workdir / 'checkpoints' / str(step))
+        if dataclasses.replace(manifest.arch, ranking=()) != plan.parent or manifest.layout != plan.layout:
+            raise UserError(f'{self.workdir} holds a checkpoint of another model; take another --workdir or the same config')
+        stages = {stage.name: stage for stage in plan.stages}
+        stage = stages.get(manifest.stage, plan.stages[-1])
+        searching, after_search = stage.kind == 'search', any(other.kind == 'search' for other in plan.stages)
+        router = lambda: init_router(jax.random.key(0), plan.grid, len(plan.budgets))
+
+        def template() -> TrainState:
+            params = init_params(jax.random.key(0), plan.parent, plan.layout)
+            if searching:
+                return new_state(params, plan.optimizer(stage), router(), plan.router_optimizer())
+            return new_state(params, plan.optimizer(stage))
+
+        state = jax.eval_shape(template)
+        counters = {'step': state.step, 'skipped': state.skipped, 'bad_run': state.bad_run}
+        ordered = stage.kind != 'pretrain'
+        saved_router = jax.eval_shape(router) if ordered and after_search else {}
+        abstract = {
+            'params': state.params,
+            'opt_state': {'optimizer': state.opt_state, 'router': state.router_opt_state, 'counters': counters},
+            'router': saved_router,
+            'ordering': None,
+        }
+        items = self.manager.restore(step, abstract)
+        opt_state = items['opt_state']
+        state = TrainState(
+            params=items['params'],
+            opt_state=opt_state['optimizer'],
+            router=items['router'] if searching else {},
+            router_opt_state=opt_state['router'],
+            **opt_state['counters'],
+        )
+        self.last = step
+        ordering = jax.tree.map(np.asarray, items['ordering'])
+        archs = {name: budget.arch for name, budget in manifest.budgets.items()}
+        metrics = {name: dict(budget.metrics) for name, budget in manifest.budgets.items()}
+        data = items['data'] or None
+        return Snapshot(
+            step, manifest.stage, manifest.stage_step, state, items['router'], ordering, manifest.arch, archs, data, metrics
+        )

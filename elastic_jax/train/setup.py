@@ -1,0 +1,133 @@
+"""Reading a config into a checked plan of a run, before anything heavy starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from elastic_jax.arch import Arch, parse_widths, unknown_name
+from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
+from elastic_jax.errors import UserError
+from elastic_jax.layout import Layout
+from elastic_jax.nest.budgets import Grid, Metric, make_grid, metric, resolve_targets
+from elastic_jax.nest.router import Anneal
+from elastic_jax.train.config import build_arch
+from elastic_jax.train.curriculum import Stage, check_draws, make_stages
+from elastic_jax.train.state import make_optimizer
+from elastic_jax.train.step import SearchConfig, StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, resolved: what to train, on which budgets, in which stages."""
+
+    config: ConfigDict
+    parent: Arch
+    layout: Layout
+    grid: Grid
+    targets: dict[str, float]
+    by_hand: dict[str, Arch]
+    measure: Metric
+    stages: tuple[Stage, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """Names of the budgets, largest first."""
+        return tuple(self.targets)
+
+    @property
+    def steps(self) -> int:
+        return self.stages[-1].end
+
+    def step_config(self, stage: Stage) -> StepConfig:
+        return StepConfig(
+            self.layout, jnp.dtype(self.config.dtype), self.config.remat, self.config.loss_chunk, stage.config.accumulate
+        )
+
+    def search_config(self, stage: Stage) -> SearchConfig:
+        router = self.config.router
+        anneal = Anneal(router.start_temperature, router.end_temperature, router.start_scale, router.end_scale)
+        targets = tuple(self.targets.items())
+        return SearchConfig(self.grid, targets, self.measure, anneal, stage.steps, router.weight, router.dead_zone, router.anchor)
+
+    def optimizer(self, stage: Stage) -> optax.GradientTransformation:
+        merged = ConfigDict(self.config.optimizer.to_dict() | dict(stage.config.optimizer))
+        return make_optimizer(merged, stage.steps)
+
+    def router_optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.config.router.lr)
+
+
+def make_plan(config: ConfigDict) -> Plan:
+    """Checks a config and resolves it; raises one UserError that lists every problem found."""
+    problems: list[str] = []
+
+    def attempt(build: Any, *args: Any) -> Any:
+        try:
+            return build(*args)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    stages = attempt(make_stages, config)
+    layout = Layout(**config.layout.to_dict())
+    parent = attempt(_parent, config)
+    tokenizer = attempt(load_tokenizer, config.data.tokenizer)
+    if config.teacher not in ('frozen', 'self', 'none'):
+        problems.append(unknown_name('teacher', config.teacher, ['frozen', 'self', 'none']))
+    grid, targets, by_hand, measure = (), {}, {}, None
+    if parent is not None:
+        attempt(layout.check, parent)
+        measure = attempt(metric, config.metric, config.metric_context)
+        grid = attempt(make_grid, parent, dict(config.choices), config.per_layer, layout, config.choice_multiple) or ()
+        by_hand = attempt(hand_archs, config, parent, layout) or {}
+        if measure and not problems:
+            searched = {name: share for name, share in config.budgets.items() if name not in by_hand}
+            resolved = attempt(resolve_targets, searched, parent, grid, measure, config.tolerance) or {}
+            whole = float(measure(parent, None))
+            shares = resolved | {name: float(measure(arch, None)) / whole for name, arch in by_hand.items()}
+            targets = dict(sorted(shares.items(), key=lambda item: -item[1]))
+        if tokenizer is not None and tokenizer.vocab_size > parent.vocab:
+            problems.append(
+                f"the tokenizer has {tokenizer.vocab_size} entries, but the parent's vocabulary is {parent.vocab}; "
+                "use the parent's own tokenizer (config.data.tokenizer) or a larger config.arch.vocab"
+            )
+    for stage in stages or ():
+        if stage.kind != 'pretrain' and targets:
+            attempt(check_draws, stage, tuple(targets))
+    if stages and targets:
+        searching = any(stage.kind == 'search' for stage in stages)
+        missing = [name for name, share in targets.items() if share < 1 and name not in by_hand]
+        if missing and not searching:
+            problems.append(f'budgets {", ".join(missing)} have no widths: add a search stage, or give them in config.widths')
+        if searching and by_hand:
+            problems.append('config.widths gives widths by hand and the curriculum has a search stage: take one of them out')
+    if problems:
+        raise UserError('; '.join(problems))
+    return Plan(config, parent, layout, grid, targets, by_hand, measure, stages, tokenizer)
+
+
+def _parent(config: ConfigDict) -> Arch:
+    if config.parent.checkpoint:
+        manifest = read_manifest(config.parent.checkpoint)
+        if config.parent.budget not in manifest.budgets:
+            raise UserError(unknown_name('budget in config.parent', config.parent.budget, list(manifest.budgets)))
+        return manifest.budgets[config.parent.budget].arch
+    return build_arch(config)
+
+
+def hand_archs(config: ConfigDict, parent: Arch, layout: Layout) -> dict[str, Arch]:
+    """The submodels whose widths `config.widths` gives; `layers` keeps the first of the parent's ranking."""
+    archs = {}
+    for name, text in dict(config.widths).items():
+        if name not in config.budgets:
+            raise UserError(unknown_name('budget in config.widths', name, list(config.budgets)))
+        archs[name] = parent.narrow(parse_widths(text))
+        layout.check(archs[name])
+    return archs

@@ -1,0 +1,49 @@
+"""A workdir belongs to one experiment: its config is written once, and a different one is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from elastic_jax.errors import UserError
+
+# Keys that may change between runs of one experiment, since no number of the result depends on them.
+FREE = ('log_every', 'checkpoint', 'compilation_cache')
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes `config.json`, or checks that the workdir's own says the same. Raises UserError naming the keys that differ."""
+    wanted = flatten(json.loads(config.to_json()))
+    path = workdir / 'config.json'
+    if path.exists():
+        try:
+            found = flatten(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise UserError(f'{path} is not JSON ({error}); restore it or take another --workdir') from error
+        differ = [
+            key
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key) and key.split('.')[0] not in FREE
+        ]
+        if differ:
+            shown = ', '.join(f'{key}: {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differ[:5])
+            more = f' and {len(differ) - 5} more' if len(differ) > 5 else ''
+            raise UserError(f'{workdir} holds another experiment ({shown}{more}); take another --workdir or the same config')
+        return
+    if (workdir / 'checkpoints').exists():
+        raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+    """Dotted key -> value of nested JSON objects."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f'{prefix}.{key}' if prefix else key)
+    return flat
