@@ -1,0 +1,1 @@
+"""Text to batches: corpora, tokenizers, and one process-independent order of packed rows."""
