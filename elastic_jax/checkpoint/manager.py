@@ -1,0 +1,154 @@
+"""Writing checkpoints: Orbax's manager behind the items of the contract, saved in the background."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from elastic_jax.checkpoint.manifest import Manifest
+from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.errors import UserError, WorkError
+
+ARRAY_ITEMS = ('params', 'opt_state', 'router', 'ordering')
+# Small chunks, so that a slice reads little more than its own bytes; they cost nothing measurable on save.
+CHUNK_BYTES = 64 * 1024
+
+
+class CheckpointManager:
+    """Checkpoints of a workdir: `checkpoints/STEP` with the newest `keep`, and the frozen parent, pinned in `parent`.
+
+    Items: params, opt_state, router, ordering (trees of arrays; an empty one is left out), data and manifest (JSON).
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        self.workdir = epath.Path(workdir).resolve()  # Orbax wants absolute paths
+        self.root = self.workdir / 'checkpoints'
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'{self.root} cannot be made ({error.strerror}); take a --workdir that can be written to') from error
+        self.manager = ocp.CheckpointManager(self.root, options=options)
+
+    def save(
+        self, step: int, *, params: Any, opt_state: Any, router: Any, ordering: Any, data: dict[str, Any], manifest: Manifest
+    ) -> None:
+        """Saves in the background, replacing a checkpoint of the same step. Raises WorkError when an earlier save failed."""
+        trees = {'params': params, 'opt_state': opt_state, 'router': router, 'ordering': ordering}
+        items = {name: _tree_save(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        items |= {'data': ocp.args.JsonSave(data), 'manifest': ocp.args.JsonSave(manifest.to_json())}
+        try:
+            self.manager.wait_until_finished()
+            if step in self.manager.all_steps():
+                self.manager.delete(step)
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except (OSError, ValueError) as error:
+            raise self._save_failed(step, error) from error
+
+    def _save_failed(self, step: int, error: BaseException) -> WorkError:
+        good = self.latest()
+        kept = 'there is no earlier checkpoint' if good is None else f'the checkpoint of step {good} is intact'
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return WorkError(
+            f'saving step {step} in {self.root} failed ({reason}); {kept}: free some space or mend the disk, then rerun'
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that were saved completely, newest first."""
+        return sorted((int(entry.name) for entry in self.root.iterdir() if entry.name.isdigit()), reverse=True)
+
+    def latest(self) -> int | None:
+        """The newest step that was saved completely."""
+        return next(iter(self.steps()), None)
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """All items of a step. `abstract` gives the tree of ShapeDtypeStructs of each array item; None takes it as saved.
+
+        Raises: UserError naming the item that is missing, damaged or of another shape.
+        """
+        directory = self.root / str(step)
+        result: dict[str, Any] = {}
+        for name in ARRAY_ITEMS:
+            wanted = abstract.get(name, {})
+            if not (directory / name).exists():
+                if wanted is not None and jax.tree.leaves(wanted):
+                    raise UserError(f'{directory} lacks {name}; use another checkpoint')
+                result[name] = {}
+                continue
+            result[name] = _tree_restore(directory / name, wanted)
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                result['data'] = reader.restore(directory / 'data', args=ocp.args.JsonRestore())
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f'{directory}/data is damaged ({error}); use another checkpoint') from error
+        return result
+
+    def save_parent(self, params: Any, manifest: Manifest) -> None:
+        """Pins the frozen parent in `WORKDIR/parent`, where no keep-policy reaches it."""
+        items = ocp.args.Composite(params=_tree_save(params), manifest=ocp.args.JsonSave(manifest.to_json()))
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(self.workdir / 'parent', args=items, force=True)
+        except (OSError, ValueError) as error:
+            raise self._save_failed(manifest.step, error) from error
+
+    def restore_parent(self, abstract: Any) -> Any:
+        """The parameters of the frozen parent. Raises UserError when it is missing or damaged."""
+        read_manifest(self.workdir / 'parent')
+        return _tree_restore(self.workdir / 'parent' / 'params', abstract)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises WorkError when a save failed."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._save_failed(-1, error) from error
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _tree_save(tree: Any) -> ocp.args.PyTreeSave:
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+
+
+def _tree_restore(directory: epath.Path, abstract: Any) -> Any:
+    """A tree of arrays as saved, or in the shape of `abstract`, checked against it leaf by leaf."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        stored = handler.metadata(directory).tree
+        as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+        target = as_saved if abstract is None else abstract
+        if abstract is not None:
+            _check_shapes(directory, as_saved, abstract)
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), target)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f'{directory} is damaged or does not fit ({line}); use another checkpoint') from error
+
+
+def _check_shapes(directory: epath.Path, stored: Any, wanted: Any) -> None:
+    """Raises UserError naming the first leaf that is missing or has another shape."""
+    plain = lambda tree: {
+        '/'.join(_key(part) for part in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found, expected = plain(stored), plain(wanted)
+    for path, shape in expected.items():
+        if path not in found:
+            raise UserError(f'{directory} lacks {path}; use another checkpoint')
+        if found[path] != shape:
+            raise UserError(f'{directory}: {path} has shape {found[path]}, expected {shape}; use another checkpoint')
+
+
+def _key(part: Any) -> str:
+    for attribute in ('key', 'name', 'idx'):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
