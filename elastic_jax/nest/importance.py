@@ -85,7 +85,9 @@ def accumulate(params: dict[str, Any], batches: Iterable[dict[str, Any]], arch: 
 
 
 def scores(sums: Sums, arch: Arch, layout: Layout = FLAT) -> dict[str, dict[str, np.ndarray]]:
-    """Score of every unit, in rank order of the layout (for G = 1: as stored): {'embedding': {'embed': [D]}, 'layer_000': {axis: scores}, …}.
+    """Score of every unit: {'embedding': {'embed': [D]}, 'layer_000': {axis: scores}, …}.
+
+    Units are in rank order of the layout (for G = 1: as stored).
 
     Shapes: mamba_heads [G, M] (ranked inside the group), mamba_head_dim [P], query_heads [K, Q] (ranked inside the KV head),
     kv_heads [K], mlp and shared_width [F], experts [E], expert_width [E, F] (each expert has its own ranking).
@@ -95,7 +97,7 @@ def scores(sums: Sums, arch: Arch, layout: Layout = FLAT) -> dict[str, dict[str,
     for i, mixer in enumerate(arch.mixers):
         own = sums.get(layer_name(i), {})
         # Stored (G, n/G) and merged by the forward pass: back to rank order.
-        unblock = lambda x, axis, mixer=mixer: to_ranked(x.reshape(layout.blocks(axis, mixer), -1, *x.shape[1:]))
+        unblock = lambda x, axis, mixer=mixer: _unblock(x, layout.blocks(axis, mixer))
         ranked = {axis: unblock(own[axis], axis) for axis in ('mlp', 'shared_width') if axis in own}
         if isinstance(mixer, Mamba):
             s_GxMxP = own['mamba']
@@ -114,6 +116,10 @@ def scores(sums: Sums, arch: Arch, layout: Layout = FLAT) -> dict[str, dict[str,
         if ranked:
             result[layer_name(i)] = ranked
     return result
+
+
+def _unblock(x: np.ndarray, blocks: int) -> np.ndarray:
+    return to_ranked(x.reshape(blocks, -1, *x.shape[1:]))
 
 
 @partial(jax.jit, static_argnames=('arch', 'dtype'))

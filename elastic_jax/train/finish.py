@@ -43,14 +43,7 @@ class Evaluator:
     def score(self, params: Any, parent: Arch, arch: Arch) -> dict[str, float]:
         """Held-out loss and bits per byte of one slice."""
         sliced = slice_params(params, parent, arch, self.plan.layout)
-        return evaluate(
-            sliced,
-            arch,
-            self.heldout(),
-            layout=self.plan.layout,
-            dtype=jnp.dtype(self.plan.config.dtype),
-            chunk=self.plan.config.loss_chunk,
-        )
+        return evaluate(sliced, arch, self.heldout(), self.plan.config.dtype, self.plan.config.loss_chunk)
 
     def during(self, at: Snapshot, stage: Stage) -> None:
         """Scores every budget whose widths are known."""
@@ -65,16 +58,15 @@ class Evaluator:
             one_hot = jax.nn.one_hot(n, len(plan.budgets))
             soft = float(_soft_loss(at.state.params, router, batch, one_hot, at.parent, plan.grid, plan.layout))
             sliced = slice_params(at.state.params, at.parent, archs[name], plan.layout)
-            hard = evaluate(
-                sliced, archs[name], [batch], layout=plan.layout, dtype=jnp.dtype(plan.config.dtype), chunk=plan.config.loss_chunk
-            )
+            hard = evaluate(sliced, archs[name], [batch], plan.config.dtype, plan.config.loss_chunk)
             self.writer.write('hardening', at.step, budget=name, soft_loss=soft, hard_loss=hard['loss'])
 
     def final(self, at: Snapshot, teacher: Any) -> dict[str, dict[str, float]]:
         """Scores every budget after elastic training, the same slices before it, and the parent; writes the final rows."""
         after = {name: self.score(at.state.params, at.parent, arch) for name, arch in at.archs.items()}
         before = {name: self.score(teacher, at.parent, arch) for name, arch in at.archs.items()}
-        rows, parent = summary_rows(at.archs, at.parent, after, before, context=self.plan.config.metric_context)
+        parent_score = self.score(teacher, at.parent, at.parent)
+        rows, parent = summary_rows(at.archs, at.parent, after, before, parent_score, self.plan.config.metric_context)
         self.writer.write('final', at.step, rows=rows, parent=parent)
         for name, arch in at.archs.items():
             sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)

@@ -72,13 +72,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
     store = persist.Store(workdir, plan)
     try:
-        latest = store.latest()
+        restored = store.restore_newest()
+        latest = None if restored is None else restored.step
         with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}) as progress:
-            at = store.restore(latest) if latest is not None else _begin(plan, store, progress.say)
+            at = restored or _begin(plan, store, progress.say)
             writer = MetricsWriter(workdir, latest)
             evaluator = Evaluator(plan, writer)
             run = Run(plan, workdir, store, writer, progress, evaluator, at, latest)
-            if latest is not None:
+            if restored:
                 progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
             with _stop_on_signal(run):
                 _run_stages(run)
@@ -280,11 +281,12 @@ class _Report:
                 f'checkpoint of step {run.store.latest()} is intact: lower the learning rate or look at the data, then rerun'
             )
         tokens = self.stage.batch_size * self.stage.context
-        losses = {name.partition('/')[2] or 'loss': float(v) for name, v in values.items() if name.startswith('loss')}
+        losses = {'loss': float(values['loss'])}
         if self.stage.kind == 'search':
             drawn = draw_budgets(self.stage, plan.budgets, self.stage_step - 1, plan.config.seed)
-            drawn_losses = dict(zip((plan.budgets[n] for n in drawn), values['loss/drawn'].tolist(), strict=True))
-            losses = {'loss': float(values['loss']), **drawn_losses}
+            losses |= dict(zip((plan.budgets[n] for n in drawn), values['loss/drawn'].tolist(), strict=True))
+        else:
+            losses |= {name.removeprefix('loss/'): float(v) for name, v in values.items() if name.startswith('loss/')}
         speed = tokens / max(took, 1e-9)
         shown = {name: loss for name, loss in losses.items() if name != 'loss'} or losses
         run.progress.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from elastic_jax.checkpoint.manager import CheckpointManager
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.restore import read_manifest, restore_slice
 from elastic_jax.cost import cost_of
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, WorkError
 from elastic_jax.model.params import abstract_params, init_params
 from elastic_jax.nest.ordering import Ordering, ordering_hash
 from elastic_jax.nest.router import init_router
@@ -126,12 +127,28 @@ class Store:
         checkpoint = self.plan.config.parent.checkpoint
         return read_manifest(checkpoint).hf_config if checkpoint else None
 
-    def restore(self, step: int) -> Snapshot:
-        """The snapshot of a saved step. Raises UserError when it does not fit the config."""
+    def restore_newest(self) -> Snapshot | None:
+        """The snapshot of the newest good checkpoint, None in a new workdir; damaged ones are said and passed over.
+
+        Raises: UserError when there are checkpoints and none of them is good.
+        """
+        problems = []
+        for step in self.manager.steps():
+            try:
+                return self._restore(step, read_manifest(self.manager.root / str(step)))
+            except UserError as error:
+                problems.append(str(error))
+                print(f'elastic: checkpoint {step} is damaged and passed over: {error}', file=sys.stderr)
+        if problems:
+            raise UserError(
+                f'no checkpoint in {self.manager.root} is good: {problems[0]}; restore one, or take another --workdir'
+            )
+        return None
+
+    def _restore(self, step: int, manifest: Manifest) -> Snapshot:
         plan = self.plan
-        manifest = read_manifest(self.workdir / 'checkpoints' / str(step))
         if dataclasses.replace(manifest.arch, ranking=()) != plan.parent or manifest.layout != plan.layout:
-            raise UserError(f'{self.workdir} holds a checkpoint of another model; take another --workdir or the same config')
+            raise WorkError(f'{self.workdir} holds a checkpoint of another model; take another --workdir or the same config')
         stages = {stage.name: stage for stage in plan.stages}
         stage = stages.get(manifest.stage, plan.stages[-1])
         searching, after_search = stage.kind == 'search', any(other.kind == 'search' for other in plan.stages)

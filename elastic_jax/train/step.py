@@ -14,10 +14,10 @@ from elastic_jax.arch import Arch
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.context import Context, context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
+from elastic_jax.model.losses import cross_entropy_losses, kl_losses
 from elastic_jax.nest.budgets import Grid, Metric
 from elastic_jax.nest.masks import mask_params, softs
 from elastic_jax.nest.router import Anneal, budget_loss, gumbel_softmax, router_logits, soft_masks
-from elastic_jax.train.distill import cross_entropy_losses, kl_losses
 from elastic_jax.train.lockstep import lockstep
 from elastic_jax.train.state import TrainState, guarded_update
 

@@ -1,0 +1,52 @@
+"""Held-out loss of one submodel: nats per token and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_jax.arch import Arch
+from elastic_jax.errors import WorkError
+from elastic_jax.model.context import context_for
+from elastic_jax.model.decoder import hidden_states, unembedding
+from elastic_jax.model.losses import cross_entropy_losses
+
+Batch = dict[str, np.ndarray]
+INPUTS = ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')
+
+
+@partial(jax.jit, static_argnames=('arch', 'dtype', 'chunk'))
+def _summed_loss(params: Any, batch: Batch, arch: Arch, dtype: Any, chunk: int) -> jax.Array:
+    """Total nats over the scored tokens of a batch."""
+    context = context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=arch.norm_eps, dtype=dtype)
+    hidden_BxTxD, _ = hidden_states(params, batch['tokens'], arch, context)
+    heads = [(hidden_BxTxD, unembedding(params))]
+    return cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], 1.0, chunk)[0]
+
+
+def evaluate(params: Any, arch: Arch, batches: Iterable[Batch], dtype: Any = jnp.float32, chunk: int = 512) -> dict[str, float]:
+    """Held-out scores of a submodel: loss (nats per token), perplexity, bits_per_byte, tokens, bytes.
+
+    Args:
+      params: the submodel's own (sliced) parameters.
+      batches: as `data.pipeline` makes them; `target_bytes` says how many bytes each target token stands for.
+    Raises: WorkError when there is no token to score.
+    """
+    nats, tokens, text_bytes = 0.0, 0.0, 0.0
+    for batch in batches:
+        inputs = {key: batch[key] for key in INPUTS}
+        nats += float(_summed_loss(params, inputs, arch, jnp.dtype(dtype), chunk))
+        tokens += float(np.sum(batch['loss_mask'], dtype=np.float64))
+        text_bytes += float(np.sum(batch['target_bytes'] * batch['loss_mask'], dtype=np.float64))
+    if not tokens:
+        raise WorkError('there is no held-out token to score; give a longer text')
+    loss = nats / tokens
+    bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else float('nan')
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {'loss': loss, 'perplexity': perplexity, 'bits_per_byte': bits_per_byte, 'tokens': tokens, 'bytes': text_bytes}

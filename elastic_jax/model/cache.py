@@ -1,0 +1,62 @@
+"""The decoder with caches: attention keys and values, convolution windows, SSM states; any chunk of tokens at a time.
+
+Rows of a batch have lengths of their own. A chunk is padded on the right: `valid_B` says how many of its tokens are real, and
+the others leave no trace, so prompts of unequal length share a batch and a chunk can be run again from a saved cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from elastic_jax.arch import Arch, Attention, Mamba
+from elastic_jax.model.attention import init_kv_cache
+from elastic_jax.model.context import Context
+from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
+from elastic_jax.model.mamba import init_mamba_cache
+from elastic_jax.model.params import layer_name
+
+
+class Cache(NamedTuple):
+    """Caches of all blocks by name, and how many tokens each row holds."""
+
+    length_B: jax.Array
+    blocks: dict[str, Any]
+
+
+def init_cache(arch: Arch, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `slots` tokens a row. Writing past the last slot is the caller's error."""
+    blocks = {}
+    for i, mixer in enumerate(arch.mixers):
+        if isinstance(mixer, Attention):
+            blocks[layer_name(i)] = init_kv_cache(mixer, batch, slots, dtype)
+        elif isinstance(mixer, Mamba):
+            blocks[layer_name(i)] = init_mamba_cache(mixer, batch, dtype)
+    return Cache(jnp.zeros(batch, jnp.int32), blocks)
+
+
+def cached_hidden_states(
+    params: dict[str, Any], tokens_BxT: jax.Array, arch: Arch, cache: Cache, valid_B: jax.Array, dtype: Any = jnp.float32
+) -> tuple[jax.Array, Cache]:
+    """(final hidden states [B, T, D], the cache after the chunk's real tokens)."""
+    positions_BxT = cache.length_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+    context = Context(positions_BxT, None, valid_B, cache.length_B, arch.norm_eps, dtype=dtype)
+    x_BxTxD, blocks = embed_tokens(params, tokens_BxT, dtype), {}
+    for i, mixer in enumerate(arch.mixers):
+        if mixer is None:
+            continue
+        name = layer_name(i)
+        x_BxTxD, block_cache, _ = apply_block(params[name], x_BxTxD, mixer, context, cache.blocks.get(name))
+        if block_cache is not None:
+            blocks[name] = block_cache
+    return final_norm(params, x_BxTxD, context), Cache(cache.length_B + valid_B, blocks)
+
+
+def cached_logits(
+    params: dict[str, Any], tokens_BxT: jax.Array, arch: Arch, cache: Cache, valid_B: jax.Array, dtype: Any = jnp.float32
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, T, V] in float32, the cache after the chunk's real tokens)."""
+    hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, arch, cache, valid_B, dtype)
+    return jnp.matmul(hidden_BxTxD, unembedding(params).astype(dtype), preferred_element_type=jnp.float32), cache
