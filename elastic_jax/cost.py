@@ -8,50 +8,65 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from elastic_jax.arch import Arch, Attention, Mamba, Mixer, MoE
-from elastic_jax.model.params import Table, layer_name, param_table
+from elastic_jax.model.grouped import block_rows
+from elastic_jax.model.params import Param, layer_name, param_table
 
 Keep = Sequence[Any] | None
 
+# The parameters that a matmul multiplies by. Recomputing a block in the backward pass spares those that end it, as only the
+# sum that they produce needs their result.
+EXPERT = frozenset(('expert_up', 'expert_gate', 'expert_down'))
+ATTENTION_AND_MAMBA = frozenset(('q', 'k', 'v', 'o', 'z', 'x', 'b', 'c', 'dt', 'out'))
+MATMULS = EXPERT | ATTENTION_AND_MAMBA | {'up', 'gate', 'down', 'router', 'shared_up', 'shared_gate', 'shared_down'}
+ENDS = frozenset(('o', 'out', 'down', 'shared_down'))
 
-def _group_counts(table: Table) -> dict[str, dict[str, Any]]:
-    return {group: {name: math.prod(param.shape) for name, param in params.items()} for group, params in table.items()}
+
+def _size(params: dict[str, Param], chosen: Callable[[str, Param], bool] = lambda name, param: True) -> Any:
+    return sum(math.prod(param.shape) for name, param in params.items() if chosen(name, param))
 
 
-def _active(mixer: Mixer, counts: dict[str, Any]) -> Any:
-    """Parameters of one block that a token uses: of the experts, the top k."""
-    total = sum(counts.values())
+def _used(mixer: Mixer | None, params: dict[str, Param]) -> Any:
+    """Parameters of one group that a token uses: of the experts, the top k."""
     if not isinstance(mixer, MoE):
-        return total
-    experts = sum(count for name, count in counts.items() if name.startswith('expert_'))
-    return total - experts + experts * mixer.top_k / mixer.experts
+        return _size(params)
+    experts = _size(params, lambda name, param: name in EXPERT)
+    return _size(params) - experts + experts * mixer.top_k / mixer.experts
 
 
-def _sum(arch: Arch, keep: Keep, active: bool) -> Any:
-    counts = _group_counts(param_table(arch))
-    total = sum(sum(own.values()) for group, own in counts.items() if not group.startswith('layer_'))
-    for i, mixer in enumerate(arch.mixers):
-        if mixer is not None:
-            own = counts[layer_name(i)]
-            total += (1.0 if keep is None else keep[i]) * (_active(mixer, own) if active else sum(own.values()))
+def _blocks(arch: Arch) -> Iterator[tuple[int, Mixer, dict[str, Param]]]:
+    table = param_table(arch)
+    return ((i, mixer, table[layer_name(i)]) for i, mixer in enumerate(arch.mixers) if mixer is not None)
+
+
+def _sum(arch: Arch, keep: Keep, measure: Callable[[Mixer | None, dict[str, Param]], Any]) -> Any:
+    total = sum(measure(None, params) for group, params in param_table(arch).items() if not group.startswith('layer_'))
+    for i, mixer, params in _blocks(arch):
+        total += (1.0 if keep is None else keep[i]) * measure(mixer, params)
     return total
 
 
 def parameters(arch: Arch, keep: Keep = None) -> Any:
     """All parameters. `keep` weighs each block by the share of it that is kept (the depth router)."""
-    return _sum(arch, keep, active=False)
+    return _sum(arch, keep, lambda mixer, params: _size(params))
 
 
 def active_parameters(arch: Arch, keep: Keep = None) -> Any:
-    """Parameters that one token uses: top-k experts, everything else; both embedding matrices are counted."""
-    return _sum(arch, keep, active=True)
+    """Parameters that one token uses: of each MoE block's experts the top k, and everything else.
+
+    Both the embedding table and the unembedding count whole: so do the published 3.58B and 2.08B (method.md §1).
+    """
+    return _sum(arch, keep, _used)
 
 
 def weight_bytes(arch: Arch, bytes_per_param: float = 2.0, keep: Keep = None) -> Any:
-    return bytes_per_param * parameters(arch, keep)
+    """Bytes of the parameters; those that the table keeps in float32 take four bytes each, whatever the others take."""
+    return bytes_per_param * parameters(arch, keep) + max(0.0, 4.0 - bytes_per_param) * _sum(
+        arch, keep, lambda mixer, table: _size(table, lambda name, param: param.float32)
+    )
 
 
 def kv_bytes(arch: Arch, context: int, bytes_per_value: float = 2.0, keep: Keep = None) -> Any:
@@ -83,40 +98,64 @@ def memory_bytes(
     return weight_bytes(arch, bytes_per_param, keep) + batch * caches
 
 
-def block_flops(mixer: Mixer, counts: dict[str, Any], context: int, causal: bool = True) -> Any:
-    """Forward matmul FLOPs per token of one block; `counts` are its parameters by name.
+def block_flops(
+    mixer: Mixer, params: dict[str, Param], context: int, executed_batch: int | None = None, spare: Collection[str] = ()
+) -> Any:
+    """Forward matmul FLOPs per token of one block, whose row of the table is `params`; without those named in `spare`.
 
-    `causal` counts half of the attention's rectangle, the other half being masked.
+    `executed_batch`: see `flops_per_token`.
     """
-    not_matmul = ('norm', 'gated_norm', 'a_log', 'd', 'correction_bias', 'q_norm', 'k_norm')
-    matmul = {name: n for name, n in counts.items() if name not in not_matmul and not name.endswith('bias')}
-    if isinstance(mixer, Mamba):
-        matmul = {name: n for name, n in matmul.items() if not name.startswith('conv_')}
-    flops = 2 * _active(mixer, matmul)
+    flops = 0.0
+    for name, param in params.items():
+        if name in MATMULS and name not in spare:
+            flops += 2.0 * math.prod(param.shape) * (_expert_share(mixer, context, executed_batch) if name in EXPERT else 1.0)
     if isinstance(mixer, Attention):
-        flops += 4 * mixer.kv_heads * mixer.query_heads * mixer.head_dim * context * (0.5 if causal else 1.0)
+        rectangle = 4.0 * mixer.kv_heads * mixer.query_heads * mixer.head_dim * context
+        flops += rectangle if executed_batch else 0.5 * rectangle
     if isinstance(mixer, Mamba):
         chunk, channels = min(mixer.chunk, context), mixer.heads * mixer.head_dim
-        flops += 2 * chunk * (mixer.groups * mixer.state + channels) + 4 * channels * mixer.state
+        steps = -(-context // chunk) * chunk / context if executed_batch else 1.0
+        flops += steps * (2.0 * chunk * (mixer.groups * mixer.state + channels) + 4.0 * channels * mixer.state)
     return flops
 
 
-def flops_per_token(arch: Arch, context: int, causal: bool = True) -> Any:
-    """Forward matmul FLOPs per token of a sequence of `context` tokens, unembedding included."""
-    counts = _group_counts(param_table(arch))
-    total = 2 * arch.vocab * arch.embed
-    for i, mixer in enumerate(arch.mixers):
-        if mixer is not None:
-            total += block_flops(mixer, counts[layer_name(i)], context, causal)
-    return total
+def _expert_share(mixer: MoE, context: int, executed_batch: int | None) -> Any:
+    """How many experts' worth of rows a token costs, as a share of all experts: top k, or what padded blocks hold."""
+    if not executed_batch:
+        return mixer.top_k / mixer.experts
+    tokens = executed_batch * context
+    return block_rows(tokens * mixer.top_k, mixer.experts) / (tokens * mixer.experts)
 
 
-def lockstep_flops_per_token(parent: Arch, budgets: Sequence[Arch], context: int, causal: bool = True) -> Any:
-    """Matmul FLOPs per token of one elastic step: the teacher's forward pass once, forward and backward of every budget.
+def flops_per_token(arch: Arch, context: int, executed_batch: int | None = None) -> Any:
+    """Forward matmul FLOPs per token of a sequence of `context` tokens, unembedding included.
 
-    The fused head makes each budget's gradients from logits at hand: one forward and two gradient products, as elsewhere.
+    What the mathematics needs: half of attention's rectangle, top-k experts. With `executed_batch` instead what the CPU's
+    program executes for a batch of that many sequences: the whole rectangle, and rows padded to whole chunks and blocks.
     """
-    return flops_per_token(parent, context, causal) + 3 * sum(flops_per_token(arch, context, causal) for arch in budgets)
+    blocks = sum(block_flops(mixer, params, context, executed_batch) for _, mixer, params in _blocks(arch))
+    return 2.0 * arch.vocab * arch.embed + blocks
+
+
+def training_flops_per_token(
+    parent: Arch,
+    budgets: Sequence[Arch],
+    context: int,
+    teacher: bool = True,
+    remat: bool = False,
+    executed_batch: int | None = None,
+) -> Any:
+    """Matmul FLOPs per token of one step: the teacher's forward pass, and three times the forward pass of every budget.
+
+    Three times, as each matmul has two gradient matmuls; the fused head's too, which is never recomputed. With `remat` the
+    backward pass computes every block again, but for the matmuls that end it. Masks at full width are `budgets=[parent] * n`.
+    """
+    total = flops_per_token(parent, context, executed_batch) if teacher else 0.0
+    for arch in budgets:
+        total += 3.0 * flops_per_token(arch, context, executed_batch)
+        if remat:
+            total += sum(block_flops(mixer, params, context, executed_batch, ENDS) for _, mixer, params in _blocks(arch))
+    return total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,11 @@ def sorted_plan(ids_NxK: jax.Array, experts: int) -> Plan:
     return Plan(jnp.argsort(pair_of_row), pair_of_row, jnp.bincount(ids, length=experts))
 
 
+def block_rows(pairs: int, experts: int, block: int = BLOCK) -> int:
+    """Rows that a block plan holds, whatever the routing: every expert that is used wastes less than one block."""
+    return (-(-pairs // block) + min(experts, pairs) - 1) * block
+
+
 def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     """Pairs sorted by expert, each expert starting a new block."""
     ids = ids_NxK.reshape(-1)
@@ -66,8 +71,7 @@ def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     blocks_of = -(-sizes // block)
     last_block = jnp.cumsum(blocks_of)
     first_row, first_pair = (last_block - blocks_of) * block, jnp.cumsum(sizes) - sizes
-    # Static: every expert wastes less than one block.
-    blocks = -(-pairs // block) + min(experts, pairs)
+    blocks = block_rows(pairs, experts, block) // block
     block_expert = jnp.minimum(jnp.searchsorted(last_block, jnp.arange(blocks), side='right'), experts - 1)
     rows = jnp.arange(blocks * block)
     row_expert = jnp.repeat(block_expert, block, total_repeat_length=blocks * block)
