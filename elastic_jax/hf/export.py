@@ -1,0 +1,193 @@
+"""Export: any slice as a folder that plain transformers loads and whose config vLLM reads."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from elastic_jax.arch import Arch, MoE
+from elastic_jax.errors import UserError, WorkError
+from elastic_jax.hf.card import model_card
+from elastic_jax.hf.families import family_for
+from elastic_jax.hf.folder import INDEX, side_files
+from elastic_jax.hf.name_map import (
+    HFTensor,
+    as_rows,
+    copy_tiled,
+    expert_index,
+    hf_tensors,
+    piece_axes,
+    rank_order,
+    tied_copy,
+)
+from elastic_jax.hf.safetensors import SafetensorsWriter
+from elastic_jax.layout import FLAT, Layout
+from elastic_jax.model.params import Param, Table, layer_name, param_table
+
+LeafReader = Callable[[str, str], np.ndarray]
+DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
+WRITE_BYTES = 1 << 24
+# Of a parent's config.json: code that must not run, how it was quantised, and where it came from.
+NOT_KEPT = ('auto_map', 'experts_implementation', 'quantization_config', '_name_or_path', 'torch_dtype', 'transformers_version')
+
+
+def export_folder(
+    out: str | os.PathLike[str],
+    arch: Arch,
+    leaf_reader: LeafReader,
+    *,
+    layout: Layout = FLAT,
+    dtype: str = 'bfloat16',
+    hf_config: Mapping[str, Any] | None = None,
+    tokenizer_folder: str | os.PathLike[str] | None = None,
+    eos_token_id: int | None = None,
+    card: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes safetensors (sharded past a size), config.json, generation_config.json, tokenizer files and a model card.
+
+    Leaves that must be float32 stay so. Everything is written beside `out` and renamed at the end.
+
+    Args:
+      arch: of the slice; its dropped blocks are left out. leaf_reader: (group, name) -> the slice's leaf in `layout`.
+      hf_config: config.json of the imported parent; what the slice does not change is kept from it.
+      eos_token_id: end of text, where there is no `hf_config` to name it.
+      card: facts for the model card (see `card.model_card`).
+    Raises: UserError when the family cannot hold the slice (offering the nearest it can) or `out` is not empty; WorkError
+      when the disk is full.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f'dtype {dtype!r} is not supported; take one of {", ".join(DTYPES)}')
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f'{out} exists and is not an empty folder; take another --out')
+    family = family_for(arch, hf_config)
+    config = _config(arch, family.to_config(arch), family, dtype, hf_config, eos_token_id)
+    tensors = tied_copy(arch, family.names, layout) + hf_tensors(arch, family.names, layout)
+
+    partial = out.with_name(f'{out.name}.partial-{os.getpid()}')
+    try:
+        partial.mkdir(parents=True)
+        _write_tensors(partial, tensors, arch, leaf_reader, layout, DTYPES[dtype], max_shard_bytes)
+        _write_json(partial / 'config.json', config)
+        generation = {key: config.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        _write_json(partial / 'generation_config.json', {key: value for key, value in generation.items() if value is not None})
+        for path in side_files(tokenizer_folder) if tokenizer_folder else []:
+            shutil.copyfile(path, partial / path.name)
+        (partial / 'README.md').write_text(model_card(arch, family.model_type, dtype, card or {}))
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        reason = 'no space is left' if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise WorkError(
+            f'writing {out} failed: {reason}; nothing was left behind, so free some space or take another --out'
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _config(
+    arch: Arch, entries: dict[str, Any], family: Any, dtype: str, parent: Mapping[str, Any] | None, eos_token_id: int | None
+) -> dict[str, Any]:
+    if parent and parent.get('model_type') == family.model_type:
+        kept = {key: value for key, value in parent.items() if key not in (*NOT_KEPT, *family.replaced)}
+    else:
+        # Families have token ids of their own by default, which would be wrong here.
+        kept = {'bos_token_id': None, 'eos_token_id': eos_token_id, 'pad_token_id': None}
+    for mixer in arch.mixers:
+        unaligned = isinstance(mixer, MoE) and any(
+            width * DTYPES[dtype].itemsize % 16 for width in (arch.embed, mixer.expert_width)
+        )
+        if unaligned:  # torch's grouped matmul, the default of transformers 5, refuses such rows
+            kept['experts_implementation'] = 'eager'
+    return {
+        'architectures': [family.architecture],
+        'model_type': family.model_type,
+        **{key: value for key, value in kept.items() if key not in ('architectures', 'model_type')},
+        **entries,
+        'dtype': dtype,
+        'torch_dtype': dtype,  # what transformers 4 and vLLM read
+    }
+
+
+def _write_tensors(
+    folder: Path,
+    tensors: list[HFTensor],
+    arch: Arch,
+    leaf_reader: LeafReader,
+    layout: Layout,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+) -> None:
+    table = param_table(arch, layout)
+    own_dtype = lambda tensor: _file_dtype(table[tensor.pieces[0].group][tensor.pieces[0].leaf], dtype)
+    specs = [(tensor, own_dtype(tensor)) for tensor in tensors]
+    shards, sizes = [[]], [0]
+    for tensor, tensor_dtype in specs:
+        size = int(np.prod(tensor.shape)) * tensor_dtype.itemsize
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append((tensor, tensor_dtype))
+        sizes[-1] += size
+    count = len(shards)
+    names = ['model.safetensors'] if count == 1 else [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
+    read = _last_leaf(leaf_reader, table)
+    for name, shard in zip(names, shards, strict=True):
+        writer = SafetensorsWriter(folder / name, [(tensor.name, dtype, tensor.shape) for tensor, dtype in shard])
+        for tensor, tensor_dtype in shard:
+            for rows in _rows(tensor, arch, table, read, tensor_dtype):
+                writer.append(rows)
+        writer.close()
+    if count > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
+        _write_json(folder / INDEX, {'metadata': {'total_size': sum(sizes)}, 'weight_map': weight_map})
+
+
+def _file_dtype(param: Param, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if param.float32 else dtype
+
+
+def _last_leaf(leaf_reader: LeafReader, table: Table) -> LeafReader:
+    """The reader, keeping the leaf it read last: the tensors of one leaf's experts follow each other."""
+    last: dict[tuple[str, str], np.ndarray] = {}
+
+    def read(group: str, name: str) -> np.ndarray:
+        if (group, name) not in last:
+            last.clear()
+            leaf = np.asarray(leaf_reader(group, name))
+            if leaf.shape != table[group][name].shape:
+                raise UserError(f'{group}/{name} has shape {leaf.shape}, but the slice declares {table[group][name].shape}')
+            last[group, name] = leaf
+        return last[group, name]
+
+    return read
+
+
+def _rows(tensor: HFTensor, arch: Arch, table: Table, read: LeafReader, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensor's rows in order, a few megabytes at a time."""
+    mixers = {layer_name(i): mixer for i, mixer in enumerate(arch.mixers)}
+    for piece in tensor.pieces:
+        param, leaf, mixer = table[piece.group][piece.leaf], read(piece.group, piece.leaf), mixers.get(piece.group)
+        own = rank_order(leaf, param, mixer) if piece.expert is None else leaf[expert_index(param, mixer, piece.expert)]
+        source = as_rows(own, piece_axes(param, piece))
+        step = max(1, WRITE_BYTES // max(1, source[:1].size * dtype.itemsize))
+        for at in range(0, piece.rows, step):
+            part = source[at : at + step]
+            block = np.empty(part.shape, source.dtype)
+            copy_tiled(block, part)
+            yield block.astype(dtype, copy=False)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + '\n')
