@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from elastic_jax.arch import Attention, Rope
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.norm import rms_norm
+from elastic_jax.model.shapes import lead
 
 
 class KVCache(NamedTuple):
@@ -53,13 +54,13 @@ def attention(
             _write(cache.k_BxSxKxH, k_BxTxKxH, context.length_B), _write(cache.v_BxSxKxH, v_BxTxKxH, context.length_B)
         )
         keys, values = cache.k_BxSxKxH.astype(x_BxTxD.dtype), cache.v_BxSxKxH.astype(x_BxTxD.dtype)
-        last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])
-        allowed_BxTxS = jnp.arange(keys.shape[1]) <= last_BxT[..., None]
+        last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
+        allowed_BxTxS = jnp.arange(keys.shape[1])[None, None] <= last_BxT[..., None]
     heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
     o = params['o'].astype(x_BxTxD.dtype)
     y_BxTxD = jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:]))
     if mixer.output_bias:
-        y_BxTxD = y_BxTxD + params['o_bias'].astype(y_BxTxD.dtype)
+        y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})
 
 
@@ -67,7 +68,7 @@ def _project(x_BxTxD: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> j
     """x @ kernel [D, G, K/G, ...], with the two dimensions of the KV heads merged."""
     kernel = kernel.reshape(kernel.shape[0], -1, *kernel.shape[3:])
     y = jnp.tensordot(x_BxTxD, kernel.astype(x_BxTxD.dtype), axes=1)
-    return y if bias is None else y + bias.reshape(kernel.shape[1:]).astype(y.dtype)
+    return y if bias is None else y + lead(bias.reshape(kernel.shape[1:]), y).astype(y.dtype)
 
 
 def _causal(length: int, segment_ids_BxT: jax.Array | None) -> jax.Array:
@@ -101,7 +102,7 @@ def rotary_angles(positions_BxT: jax.Array, head_dim: int, rope: Rope) -> tuple[
         wavelength = 2 * math.pi / inverse
         smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
         inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    angles = positions_BxT[..., None].astype(jnp.float32) * inverse
+    angles = positions_BxT[..., None].astype(jnp.float32) * inverse[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -41,7 +41,7 @@ def cached_hidden_states(
     params: dict[str, Any], tokens_BxT: jax.Array, arch: Arch, cache: Cache, valid_B: jax.Array, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, Cache]:
     """(final hidden states [B, T, D], the cache after the chunk's real tokens)."""
-    positions_BxT = cache.length_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+    positions_BxT = cache.length_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
     context = Context(positions_BxT, None, valid_B, cache.length_B, arch.norm_eps, dtype=dtype)
     x_BxTxD, blocks = embed_tokens(params, tokens_BxT, dtype), {}
     for i, mixer in enumerate(arch.mixers):

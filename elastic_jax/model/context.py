@@ -73,5 +73,5 @@ def context_for(
             starts = jnp.concatenate(
                 [jnp.ones_like(segment_ids_BxT[:, :1], bool), segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1]], axis=1
             )
-            positions_BxT = steps_T - jax.lax.cummax(jnp.where(starts, steps_T, 0), axis=1)
+            positions_BxT = steps_T[None] - jax.lax.cummax(jnp.where(starts, steps_T[None], 0), axis=1)
     return Context(positions_BxT, segment_ids_BxT, **kwargs)

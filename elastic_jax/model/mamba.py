@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from elastic_jax.arch import Mamba
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.norm import rms_norm
+from elastic_jax.model.shapes import lead
 from elastic_jax.model.ssd import ssd, ssd_step
 
 
@@ -53,19 +54,19 @@ def mamba(
             history[name] = _last_inputs(past, u, context.valid_B)
     x_BxTxGxMxP, b_BxTxGxN, c_BxTxGxN = convolved['x'], convolved['b'], convolved['c']
 
-    dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'])
+    dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'][None, None])
     dt_BxTxGxM = jnp.clip(dt_BxTxGxM, mixer.dt_min, mixer.dt_max)
     a_GxM = -jnp.exp(params['a_log'])
     if cache is None:
         y_BxTxGxMxP, _ = ssd(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT, mixer.chunk)
     else:
         # A token past the end of its row takes a step of zero length, which leaves the state as it is.
-        real_BxT = jnp.arange(x_BxTxD.shape[1]) < context.valid_B[:, None]
+        real_BxT = jnp.arange(x_BxTxD.shape[1])[None] < context.valid_B[:, None]
         dt_BxTxGxM = jnp.where(real_BxT[..., None, None], dt_BxTxGxM, 0.0)
         run = ssd_step if x_BxTxD.shape[1] == 1 else lambda *args: ssd(*args[:5], None, mixer.chunk, args[5])
         y_BxTxGxMxP, state = run(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, cache.state_BxGxMxPxN)
         cache = MambaCache(**history, state_BxGxMxPxN=state)
-    y_BxTxGxMxP = y_BxTxGxMxP + params['d'][..., None] * x_BxTxGxMxP.astype(jnp.float32)
+    y_BxTxGxMxP = y_BxTxGxMxP + params['d'][None, None, ..., None] * x_BxTxGxMxP.astype(jnp.float32)
 
     gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
     normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, soft.gated_ratio, axes=(-2, -1))
@@ -89,16 +90,16 @@ def causal_conv(
         past_BxKxC = jnp.zeros((u_BxTxC.shape[0], taps - 1, *u_BxTxC.shape[2:]), u_BxTxC.dtype)
     padded = jnp.concatenate([past_BxKxC.astype(u_BxTxC.dtype), u_BxTxC], axis=1)
     kernel_KxC = kernel_KxC.astype(u_BxTxC.dtype)
-    y = u_BxTxC * kernel_KxC[-1]
+    y = u_BxTxC * lead(kernel_KxC[-1], u_BxTxC)
     for shift in range(1, taps):
         shifted = jax.lax.slice_in_dim(padded, taps - 1 - shift, taps - 1 - shift + length, axis=1)
-        term = shifted * kernel_KxC[-1 - shift]
+        term = shifted * lead(kernel_KxC[-1 - shift], shifted)
         if segment_ids_BxT is not None:
             before = jnp.pad(segment_ids_BxT, ((0, 0), (shift, 0)), constant_values=-1)[:, :length]
             same = (before == segment_ids_BxT).reshape(*segment_ids_BxT.shape, *(1,) * (u_BxTxC.ndim - 2))
             term = jnp.where(same, term, 0)
         y = y + term
-    return y if bias_C is None else y + bias_C.astype(y.dtype)
+    return y if bias_C is None else y + lead(bias_C, y).astype(y.dtype)
 
 
 def _last_inputs(past_BxKxC: jax.Array, u_BxTxC: jax.Array, valid_B: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from elastic_jax.arch import MLP
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.shapes import lead
 
 
 def feed_forward(
@@ -31,7 +32,7 @@ def feed_forward(
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = x @ kernel.astype(x.dtype)
-    return y if bias is None else y + bias.reshape(-1).astype(x.dtype)
+    return y if bias is None else y + lead(bias.reshape(-1), y).astype(x.dtype)
 
 
 def mlp(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MLP, context: Context, cache: None, soft: Soft = HARD) -> Mixed:

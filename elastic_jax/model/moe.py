@@ -67,12 +67,12 @@ def route(
         dropped_E = share_E <= 0
         log_share_E = jnp.where(dropped_E, -jnp.inf, jnp.log(jnp.where(dropped_E, 1.0, share_E)))
     if mixer.scoring == 'softmax':
-        scores_NxE = jax.nn.softmax(logits_NxE if share_E is None else logits_NxE + log_share_E, axis=-1)
+        scores_NxE = jax.nn.softmax(logits_NxE if share_E is None else logits_NxE + log_share_E[None], axis=-1)
     else:
-        scores_NxE = jax.nn.sigmoid(logits_NxE) * (1.0 if share_E is None else share_E)
-    choice_NxE = jax.lax.stop_gradient(scores_NxE if bias_E is None else scores_NxE + bias_E)
+        scores_NxE = jax.nn.sigmoid(logits_NxE) * (1.0 if share_E is None else share_E[None])
+    choice_NxE = jax.lax.stop_gradient(scores_NxE if bias_E is None else scores_NxE + bias_E[None])
     if share_E is not None:
-        choice_NxE = choice_NxE + jax.lax.stop_gradient(log_share_E)
+        choice_NxE = choice_NxE + jax.lax.stop_gradient(log_share_E)[None]
     if mixer.groups > 1:
         grouped_NxGxE = choice_NxE.reshape(choice_NxE.shape[0], mixer.groups, -1)
         group_scores_NxG = jax.lax.top_k(grouped_NxGxE, 2)[0].sum(-1)

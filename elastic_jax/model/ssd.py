@@ -37,7 +37,7 @@ def ssd(
     split = lambda u: u.reshape(batch, -1, chunk, *u.shape[2:])
     x, dt, b, c = map(split, (x_BxTxGxMxP, dt_BxTxGxM, b_BxTxGxN, c_BxTxGxN))
     scaled = x * dt[..., None].astype(x.dtype)  # [B, C, Q, G, M, P]
-    cumulative = jnp.cumsum(jnp.moveaxis(dt * a_GxM, 2, -1), axis=-1)  # [B, C, G, M, Q]
+    cumulative = jnp.cumsum(jnp.moveaxis(dt * a_GxM[None, None, None], 2, -1), axis=-1)  # [B, C, G, M, Q]
     total = cumulative[..., -1]
 
     steps = jnp.arange(chunk)
@@ -88,6 +88,6 @@ def ssd_step(
     dt_BxGxM = dt_Bx1xGxM[:, 0]
     scaled_BxGxMxP = x_Bx1xGxMxP[:, 0].astype(jnp.float32) * dt_BxGxM[..., None]
     b_BxGxN, c_BxGxN = b_Bx1xGxN[:, 0].astype(jnp.float32), c_Bx1xGxN[:, 0].astype(jnp.float32)
-    state = state_BxGxMxPxN * jnp.exp(dt_BxGxM * a_GxM)[..., None, None]
+    state = state_BxGxMxPxN * jnp.exp(dt_BxGxM * a_GxM[None])[..., None, None]
     state = state + scaled_BxGxMxP[..., None] * b_BxGxN[:, :, None, None]
     return jnp.einsum('bgmpn,bgn->bgmp', state, c_BxGxN)[:, None], state
