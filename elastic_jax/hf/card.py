@@ -33,9 +33,9 @@ def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any])
     sections = [
         '---\n' + '\n'.join(f'{key}: {value}' for key, value in front.items()) + '\n---',
         f'# {card.get("parent") or "Elastic model"}, {budget or "custom"} slice',
-        'This model is one slice of an elastic checkpoint of elastic_jax: the leading units of every axis of its parent, cut out '
-        'with no further training. In the pattern, `M` is Mamba-2, `*` attention, `-` an MLP, `E` a mixture of experts, and `.` a '
-        'dropped block.',
+        'This model is one slice of an elastic checkpoint of elastic_jax: the leading units of every axis of its parent, cut '
+        'out with no further training. In the pattern, `M` is Mamba-2, `*` attention, `-` an MLP, `E` a mixture of experts, and '
+        '`.` a dropped block.',
         _table(('', ''), {key: value for key, value in facts.items() if value is not None}),
         '## Widths',
         _table(('axis', 'width'), arch.widths()),

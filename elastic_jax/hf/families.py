@@ -25,6 +25,16 @@ def family_of(config: Config) -> Family:
     return FAMILIES[model_type]
 
 
+def arch_of(config: Config) -> Arch:
+    """The Arch of a config.json. Raises UserError naming what is not supported or does not fit."""
+    try:
+        return family_of(config).to_arch(config)
+    except UserError as error:
+        if config.where in str(error):
+            raise
+        raise UserError(f'{config.where}: {error}') from error
+
+
 def family_for(arch: Arch, hf_config: Mapping[str, Any] | None) -> Family:
     """The family to export a model as: its parent's, or the one whose blocks look like it. The family itself then says
     whether it can hold the model.

@@ -12,7 +12,7 @@ import numpy as np
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
-from elastic_jax.hf.families import family_of
+from elastic_jax.hf.families import arch_of
 from elastic_jax.hf.name_map import HFTensor
 from elastic_jax.hf.safetensors import SafetensorsFile
 
@@ -34,8 +34,7 @@ PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 def read_arch(folder: str | os.PathLike[str]) -> Arch:
     """The Arch that a folder's config.json describes. Raises UserError naming what is not supported."""
-    config = Config.read(Path(folder))
-    return family_of(config).to_arch(config)
+    return arch_of(Config.read(Path(folder)))
 
 
 class ModelFolder:

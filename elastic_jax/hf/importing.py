@@ -11,7 +11,7 @@ import numpy as np
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
-from elastic_jax.hf.families import family_of
+from elastic_jax.hf.families import arch_of, family_of
 from elastic_jax.hf.folder import ModelFolder
 from elastic_jax.hf.name_map import (
     HFTensor,
@@ -38,10 +38,8 @@ def import_params(folder: str | os.PathLike[str], layout: Layout = FLAT) -> Iter
     Raises: UserError naming the file and the tensor that is missing, not expected, damaged or of another shape.
     """
     config = Config.read(Path(folder))
-    family = family_of(config)
-    arch = family.to_arch(config)
-    layout.check(arch)
-    tensors = hf_tensors(arch, family.names, layout)
+    arch = arch_of(config)
+    tensors = hf_tensors(arch, family_of(config).names, layout.check(arch))
     files = ModelFolder(folder)
     try:
         files.check(tensors, arch.tied)

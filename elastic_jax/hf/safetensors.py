@@ -64,7 +64,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
-            self.file = open(self.path, 'rb', buffering=0)
+            self.file = self.path.open('rb', buffering=0)
         except OSError as error:
             raise UserError(f'{self.path} cannot be read ({error.strerror}); give a readable safetensors file') from error
         size = os.fstat(self.file.fileno()).st_size
@@ -121,7 +121,7 @@ class SafetensorsWriter:
         text = json.dumps({'__metadata__': {'format': 'pt'}, **header}, separators=(',', ':')).encode()
         text += b' ' * (-len(text) % 8)  # tensors start aligned
         self.left = offset
-        self.file = open(self.path, 'wb', buffering=0)
+        self.file = self.path.open('wb', buffering=0)
         self._write(len(text).to_bytes(8, 'little') + text)
 
     def append(self, rows: np.ndarray) -> None:
