@@ -173,7 +173,11 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(argv: list[str]) -> int:
+    from absl import logging
+
     from elastic_jax.train.loop import Stopped, train
+
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every array it writes
 
     config, workdir = load_config(argv)
     try:

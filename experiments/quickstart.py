@@ -23,8 +23,8 @@ def get_config(arg: str = '') -> ConfigDict:
         raise UserError(f'quickstart.py takes no argument or smoke, got {arg!r}')
     config = default_config()
     config.name = 'quickstart'
-    config.arch.update({'pattern': 'MEM-M*ME-', 'vocab': 264, 'embed': 128})
-    config.arch.mamba.update({'heads': 16, 'head_dim': 16, 'groups': 4, 'state': 32, 'chunk': 64})
+    config.arch.update({'pattern': 'ME-M*E-', 'vocab': 264, 'embed': 128})
+    config.arch.mamba.update({'heads': 16, 'head_dim': 16, 'groups': 4, 'state': 32, 'chunk': 32})
     config.arch.attention.update({'kv_heads': 2, 'query_heads': 4, 'head_dim': 32})
     config.arch.mlp.update({'width': 384})
     config.arch.moe.update({'experts': 8, 'expert_width': 128, 'top_k': 2, 'shared_width': 128, 'scale': 1.0})
@@ -44,9 +44,9 @@ def get_config(arg: str = '') -> ConfigDict:
     config.optimizer.update({'lr': 1e-3, 'final_lr': 1e-4, 'warmup': 20})
     config.curriculum = ('pretrain', 'search', 'short', 'long')
     config.stages.pretrain = stage(
-        'pretrain', 900, 256, 8, balance_rate=1e-3, optimizer={'lr': 4e-3, 'final_lr': 2e-4, 'warmup': 50}
+        'pretrain', 1000, 256, 8, balance_rate=1e-3, optimizer={'lr': 4e-3, 'final_lr': 2e-4, 'warmup': 50}
     )
-    config.stages.search = stage('search', 120, 256, 8, per_step=1)
+    config.stages.search = stage('search', 100, 256, 8, per_step=1)
     config.stages.short = stage('elastic', 250, 256, 8)
     config.stages.long = stage('elastic', 60, 1024, 2, probabilities={'full': 0.5, 'mid': 0.3, 'small': 0.2})
     config.calibrate.update({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 0})
@@ -60,5 +60,5 @@ def get_config(arg: str = '') -> ConfigDict:
         config.stages.long.steps = 4
         config.calibrate.batches = 2
         config.eval.batches = 2
-        config.samples.tokens = 40
+        config.samples.prompts = ()
     return config

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from elastic_jax.arch import Mamba
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.norm import rms_norm
-from elastic_jax.model.shapes import lead
 from elastic_jax.model.ssd import ssd, ssd_step
 
 
@@ -72,34 +72,6 @@ def mamba(
     normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, soft.gated_ratio, axes=(-2, -1))
     y_BxTxD = jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
-
-
-def causal_conv(
-    u_BxTxC: jax.Array,
-    kernel_KxC: jax.Array,
-    bias_C: jax.Array | None,
-    segment_ids_BxT: jax.Array | None,
-    past_BxKxC: jax.Array | None,
-) -> jax.Array:
-    """Depthwise causal convolution along T, which sees only its own document; C may be several dimensions.
-
-    `past_BxKxC` holds the K-1 inputs before the first (a cache); without it they are zero.
-    """
-    taps, length = kernel_KxC.shape[0], u_BxTxC.shape[1]
-    if past_BxKxC is None:
-        past_BxKxC = jnp.zeros((u_BxTxC.shape[0], taps - 1, *u_BxTxC.shape[2:]), u_BxTxC.dtype)
-    padded = jnp.concatenate([past_BxKxC.astype(u_BxTxC.dtype), u_BxTxC], axis=1)
-    kernel_KxC = kernel_KxC.astype(u_BxTxC.dtype)
-    y = u_BxTxC * lead(kernel_KxC[-1], u_BxTxC)
-    for shift in range(1, taps):
-        shifted = jax.lax.slice_in_dim(padded, taps - 1 - shift, taps - 1 - shift + length, axis=1)
-        term = shifted * lead(kernel_KxC[-1 - shift], shifted)
-        if segment_ids_BxT is not None:
-            before = jnp.pad(segment_ids_BxT, ((0, 0), (shift, 0)), constant_values=-1)[:, :length]
-            same = (before == segment_ids_BxT).reshape(*segment_ids_BxT.shape, *(1,) * (u_BxTxC.ndim - 2))
-            term = jnp.where(same, term, 0)
-        y = y + term
-    return y if bias_C is None else y + lead(bias_C, y).astype(y.dtype)
 
 
 def _last_inputs(past_BxKxC: jax.Array, u_BxTxC: jax.Array, valid_B: jax.Array) -> jax.Array:

@@ -193,6 +193,8 @@ def _run_stage(run: Run, stage: Stage) -> None:
     )
     if run.at.data is not None:
         batches.set_state(run.at.data)
+    # Committed from the first step on: otherwise the second call, on the first one's outputs, would compile once more.
+    run.at = dataclasses.replace(run.at, state=jax.device_put(run.at.state, jax.local_devices()[0]))
     step_fn = _step_function(run, stage)
     pending: Callable[[], None] | None = None
     while run.at.stage_step < stage.steps:

@@ -71,7 +71,7 @@ class Store:
         config = self.plan.config
         if config.parent.checkpoint:
             return restore_slice(config.parent.checkpoint, self.plan.parent)
-        return jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
+        return init_params(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
 
     def save(self, at: Snapshot) -> None:
         """Saves in the background; a step that is there already is left as it is."""
