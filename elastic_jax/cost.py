@@ -109,6 +109,8 @@ def block_flops(
     for name, param in params.items():
         if name in MATMULS and name not in spare:
             flops += 2.0 * math.prod(param.shape) * (_expert_share(mixer, context, executed_batch) if name in EXPERT else 1.0)
+    if isinstance(mixer, MoE) and executed_batch:
+        flops += 2.0 * mixer.top_k * params['router'].shape[0]  # the weighted sum of the chosen experts' outputs
     if isinstance(mixer, Attention):
         rectangle = 4.0 * mixer.kv_heads * mixer.query_heads * mixer.head_dim * context
         flops += rectangle if executed_batch else 0.5 * rectangle
@@ -131,7 +133,7 @@ def flops_per_token(arch: Arch, context: int, executed_batch: int | None = None)
     """Forward matmul FLOPs per token of a sequence of `context` tokens, unembedding included.
 
     What the mathematics needs: half of attention's rectangle, top-k experts. With `executed_batch` instead what the CPU's
-    program executes for a batch of that many sequences: the whole rectangle, and rows padded to whole chunks and blocks.
+    program executes for a batch of that many sequences: the whole rectangle, rows padded to whole chunks and blocks.
     """
     blocks = sum(block_flops(mixer, params, context, executed_batch) for _, mixer, params in _blocks(arch))
     return 2.0 * arch.vocab * arch.embed + blocks

@@ -43,4 +43,27 @@ QWEN_MOE = Arch.from_pattern(
     unit_blocks=2,
 )
 
-FAMILIES = {'hybrid': HYBRID, 'grouped_moe': GROUPED_MOE, 'llama': LLAMA, 'qwen_moe': QWEN_MOE}
+# Every option that the others leave at its default.
+OPTIONS = Arch.from_pattern(
+    'M*-E',
+    vocab=64,
+    embed=32,
+    mamba=Mamba(heads=4, head_dim=4, groups=1, state=8, conv=3, chunk=8, conv_bias=False, dt_min=0.01, dt_max=0.05),
+    attention=Attention(2, 2, 8, rope=Rope(1e4, (8.0, 1.0, 4.0, 32.0)), bias=True, output_bias=True),
+    mlp=MLP(width=32, activation='swiglu', bias=True),
+    moe=MoE(
+        experts=8,
+        expert_width=8,
+        top_k=3,
+        shared_width=16,
+        activation='swiglu',
+        scoring='softmax',
+        groups=2,
+        top_groups=1,
+        normalize=False,
+        scale=0.5,
+    ),
+    norm_eps=1e-3,
+)
+
+FAMILIES = {'hybrid': HYBRID, 'grouped_moe': GROUPED_MOE, 'llama': LLAMA, 'qwen_moe': QWEN_MOE, 'options': OPTIONS}

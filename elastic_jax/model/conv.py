@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from elastic_jax.model.shapes import lead
+
 
 def causal_conv(
     u_BxTxC: jax.Array,
@@ -22,7 +24,7 @@ def causal_conv(
         past_BxKxC = jnp.zeros((u_BxTxC.shape[0], taps - 1, *u_BxTxC.shape[2:]), u_BxTxC.dtype)
     padded = jnp.concatenate([past_BxKxC.astype(u_BxTxC.dtype), u_BxTxC], axis=1)
     y = _windows(padded, kernel_KxC.astype(u_BxTxC.dtype), _same_document(segment_ids_BxT, u_BxTxC, taps))
-    return y if bias_C is None else y + bias_C.astype(y.dtype)
+    return y if bias_C is None else y + lead(bias_C, y).astype(y.dtype)
 
 
 def _same_document(segment_ids_BxT: jax.Array | None, u_BxTxC: jax.Array, taps: int) -> jax.Array | None:
@@ -32,7 +34,7 @@ def _same_document(segment_ids_BxT: jax.Array | None, u_BxTxC: jax.Array, taps: 
     length = segment_ids_BxT.shape[1]
     before = jnp.pad(segment_ids_BxT, ((0, 0), (taps - 1, 0)), constant_values=-1)
     shifted = jnp.stack([before[:, taps - 1 - s : taps - 1 - s + length] for s in range(taps)])
-    same = (shifted == segment_ids_BxT).astype(u_BxTxC.dtype)
+    same = (shifted == segment_ids_BxT[None]).astype(u_BxTxC.dtype)
     return same.reshape(*same.shape, *(1,) * (u_BxTxC.ndim - 2))
 
 
@@ -46,7 +48,7 @@ def _windows(padded: jax.Array, kernel_KxC: jax.Array, same: jax.Array | None) -
     taps = kernel_KxC.shape[0]
     length = padded.shape[1] - taps + 1
     padded = jax.lax.optimization_barrier(padded)
-    terms = [_take(padded, taps - 1 - s, length) * kernel_KxC[-1 - s] for s in range(taps)]
+    terms = [_take(padded, taps - 1 - s, length) * lead(kernel_KxC[-1 - s], padded) for s in range(taps)]
     return sum(term if same is None else term * same[s] for s, term in enumerate(terms))
 
 
@@ -68,7 +70,7 @@ def _backward(residuals: tuple, y_grad: jax.Array) -> tuple[jax.Array, jax.Array
         if same is not None:
             term = term * _take(jnp.pad(same[s], ends), s, padded.shape[1])
             masked = y_grad * same[s]
-        padded_grad = padded_grad + term * kernel_KxC[-1 - s]
+        padded_grad = padded_grad + term * lead(kernel_KxC[-1 - s], padded)
         kernel_grads.append(jnp.sum(_take(padded, taps - 1 - s, length) * masked, axis=(0, 1)))
     return padded_grad, jnp.stack(kernel_grads[::-1]), None
 
