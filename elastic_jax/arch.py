@@ -298,12 +298,12 @@ class Arch:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Arch:
         """The Arch that `to_json` wrote. Raises UserError when it is damaged."""
-        data = dict(data)
         try:
+            data = dict(data)
             mixers = [_mixer_from_json(entry) for entry in data.pop('mixers')]
             blocks = tuple(None if index is None else mixers[index] for index in data.pop('blocks'))
             return cls(**{**data, 'ranking': tuple(data['ranking'])}, mixers=blocks).check()
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f'the description of the model is damaged ({error!r}); restore the file it came from') from error
 
 

@@ -37,9 +37,8 @@ class Layout:
                 blocks = self.blocks(axis.name, arch.mixers[i])
                 if width % blocks:
                     down, up = width // blocks * blocks, -(-width // blocks) * blocks
-                    raise UserError(
-                        f"{axis.name}@{i}={width} is not a multiple of the layout's G={blocks}; take {down or up} or {up}"
-                    )
+                    nearest = f'{down} or {up}' if down else up
+                    raise UserError(f"{axis.name}@{i}={width} is not a multiple of the layout's G={blocks}; take {nearest}")
         return self
 
     def to_json(self) -> dict[str, int]:

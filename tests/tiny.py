@@ -1,6 +1,10 @@
 """Tiny architectures of every family, shared by the tests."""
 
+import numpy as np
+
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE, Rope
+from elastic_jax.layout import FLAT, Layout
+from elastic_jax.model.params import map_table, param_table
 
 # All four mixers, Nemotron-H style: relu², untied, no rotary.
 HYBRID = Arch.from_pattern(
@@ -67,3 +71,9 @@ OPTIONS = Arch.from_pattern(
 )
 
 FAMILIES = {'hybrid': HYBRID, 'grouped_moe': GROUPED_MOE, 'llama': LLAMA, 'qwen_moe': QWEN_MOE, 'options': OPTIONS}
+
+
+def numpy_params(arch: Arch, layout: Layout = FLAT, seed: int = 0, dtype: type = np.float32) -> dict[str, dict[str, np.ndarray]]:
+    """Random parameters that nothing was compiled for; no norm's scale is one and no bias zero."""
+    rng = np.random.default_rng(seed)
+    return map_table(lambda param: (0.3 * rng.normal(size=param.shape)).astype(dtype), param_table(arch, layout))
