@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_jax.arch import Arch
 from elastic_jax.cost import active_parameters, parameters
+
+MODEL_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
 def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any]) -> str:
@@ -15,7 +18,7 @@ def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any])
     `card` may hold `parent` (name or hub id), `budget`, `metrics` (name -> value), `step`, `license`; the rest is derived.
     """
     front = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': '[elastic, nested]'}
-    if card.get('parent'):
+    if MODEL_ID.fullmatch(card.get('parent') or ''):
         front['base_model'] = card['parent']
     if card.get('license'):
         front['license'] = card['license']

@@ -1,18 +1,25 @@
-"""Import: a Hugging Face folder as a stream of our parameters."""
+"""Import: a Hugging Face folder as a stream of our parameters, and as an elastic checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from elastic_jax.arch import Arch
+from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
+from elastic_jax.checkpoint.manifest import Budget, Manifest
+from elastic_jax.cost import cost_of
+from elastic_jax.data.tokenizers import ByteTokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of, family_of
-from elastic_jax.hf.folder import ModelFolder
+from elastic_jax.hf.folder import ModelFolder, side_files
+from elastic_jax.hf.hub import resolve
 from elastic_jax.hf.name_map import (
     HFTensor,
     Piece,
@@ -38,23 +45,93 @@ def import_params(folder: str | os.PathLike[str], layout: Layout = FLAT) -> Iter
     Raises: UserError naming the file and the tensor that is missing, not expected, damaged or of another shape.
     """
     config = Config.read(Path(folder))
-    arch = arch_of(config)
-    tensors = hf_tensors(arch, family_of(config).names, layout.check(arch))
     files = ModelFolder(folder)
     try:
-        files.check(tensors, arch.tied)
-        parts = sources(tensors)
-        for group, name, param in leaves(param_table(arch, layout)):
-            yield group, name, _read_leaf(files, arch, group, param, parts[group, name])
+        tree = lazy_params(files, config, layout)
+        for group, named in tree.items():
+            for name, leaf in named.items():
+                yield group, name, leaf.load()
     finally:
         files.close()
 
 
-def _read_leaf(files: ModelFolder, arch: Arch, group: str, param: Param, parts: list[tuple[HFTensor, Piece]]) -> np.ndarray:
-    dtypes = {files.dtype(tensor.name) for tensor, _ in parts}
-    if len(dtypes) > 1:
-        raise UserError(f'{files.folder}: {parts[0][0].name} and its like are of several dtypes; convert them to one')
-    dtype = np.dtype(np.float32) if param.float32 else dtypes.pop()
+def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathLike, metric_context: int = 4096) -> Arch:
+    """Writes an elastic checkpoint with the one budget `full` from a Hugging Face model, one tensor at a time.
+
+    Args:
+      dir_or_id: a folder, or a model id of the Hugging Face hub. checkpoint: a workdir without checkpoints.
+      metric_context: tokens of context that the costs in the manifest are for.
+    Tokenizer files are kept in `checkpoint/tokenizer`. Returns the imported Arch.
+    Raises: UserError when the model is not supported or damaged, or the workdir is taken; WorkError when it cannot be written.
+    """
+    workdir = epath.Path(checkpoint).resolve()
+    if (workdir / 'checkpoints').exists():
+        raise UserError(f'{workdir} holds checkpoints already; take another --checkpoint')
+    folder = resolve(dir_or_id)
+    config = Config.read(folder)
+    arch = arch_of(config)
+    files = ModelFolder(folder)
+    try:
+        tree = lazy_params(files, config, FLAT)
+        tokenizer = _keep_side_files(folder, workdir / 'tokenizer', arch)
+        largest = max((leaf for named in tree.values() for leaf in named.values()), key=lambda leaf: leaf.nbytes)
+        manifest = Manifest(
+            arch=arch,
+            layout=FLAT,
+            budgets={'full': Budget(arch, cost_of(arch, metric_context).to_json())},
+            step=0,
+            stage='imported',
+            stage_step=0,
+            rng=[],
+            dtypes={'params': str(largest.dtype), 'compute': 'float32'},
+            tokenizer=tokenizer,
+            hf_config={**config.data, '_name_or_path': folder.name if folder == Path(dir_or_id) else str(dir_or_id)},
+            data_fingerprint='',
+            ordering_hash='',
+            experiment='import',
+        )
+        save_lazily(workdir, tree, manifest)
+    finally:
+        files.close()
+    return arch
+
+
+def _keep_side_files(folder: Path, kept: epath.Path, arch: Arch) -> dict[str, str]:
+    """Copies the tokenizer and generation files; returns the tokenizer's spec, which without tokenizer.json is bytes.
+
+    Where the vocabulary does not hold the bytes either, the spec names the folder, and what needs text will miss the file.
+    """
+    found = side_files(folder)
+    if found:
+        kept.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        (kept / path.name).write_bytes(path.read_bytes())
+    if (folder / 'tokenizer.json').is_file() or arch.vocab < ByteTokenizer.vocab_size:
+        return {'kind': 'hf', 'folder': str(kept)}
+    return dict(ByteTokenizer.spec)
+
+
+def lazy_params(files: ModelFolder, config: Config, layout: Layout) -> dict[str, dict[str, LazyLeaf]]:
+    """The parameters, read when they are asked for. Raises UserError when the files do not hold what config.json says."""
+    arch = arch_of(config)
+    tensors = hf_tensors(arch, family_of(config).names, layout.check(arch))
+    files.check(tensors, arch.tied)
+    parts = sources(tensors)
+    table = param_table(arch, layout)
+    tree: dict[str, dict[str, LazyLeaf]] = {group: {} for group in table}
+    for group, name, param in leaves(table):
+        own = parts[group, name]
+        dtypes = {files.dtype(tensor.name) for tensor, _ in own}
+        if len(dtypes) > 1:
+            raise UserError(f'{files.folder}: {own[0][0].name} and its like are of several dtypes; convert them to one')
+        dtype = np.dtype(np.float32) if param.float32 else dtypes.pop()
+        tree[group][name] = LazyLeaf(param.shape, dtype, partial(_read_leaf, files, arch, group, param, own, dtype))
+    return tree
+
+
+def _read_leaf(
+    files: ModelFolder, arch: Arch, group: str, param: Param, parts: list[tuple[HFTensor, Piece]], dtype: np.dtype
+) -> np.ndarray:
     mixer = {layer_name(i): mixer for i, mixer in enumerate(arch.mixers)}.get(group)
     per_expert = parts[0][1].expert is not None
     leaf = np.empty(param.shape if per_expert else ranked_shape(param), dtype)
