@@ -200,9 +200,15 @@ def _run_stage(run: Run, stage: Stage) -> None:
     while run.at.stage_step < stage.steps:
         at = run.at
         fresh = at.stage_step > 0 and at.step != run.restored
-        if fresh and config.eval.every and at.step % config.eval.every == 0:
+        saving = run.stop_requested or (fresh and at.step % config.checkpoint.every == 0)
+        evaluating = fresh and config.eval.every and at.step % config.eval.every == 0
+        if pending is not None and (saving or evaluating):
+            # A checkpoint of step N comes after the line of step N, which a resumed run would not write again.
+            pending()
+            pending = None
+        if evaluating:
             run.evaluator.during(at, stage)
-        if run.stop_requested or (fresh and at.step % config.checkpoint.every == 0):
+        if saving:
             _save(run, batches)
         if run.stop_requested:
             run.store.wait()

@@ -74,8 +74,8 @@ def guarded_update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """(state after the update, metrics). A non-finite loss or gradient leaves everything but the counters as it was."""
     param_grads, router_grads = grads
-    norm = optax.global_norm(param_grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(router_grads))
+    norm = optax.tree.norm(param_grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(router_grads))
     updates, opt_state = optimizer.update(param_grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     router, router_opt_state = state.router, state.router_opt_state

@@ -1,0 +1,159 @@
+"""The main job on a tiny experiment, in this process: what it leaves behind, and what it refuses."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from elastic_jax.checkpoint.restore import read_manifest, restore_slice
+from elastic_jax.errors import UserError, WorkError
+from elastic_jax.metrics import read_metrics
+from elastic_jax.nest.budgets import metric
+from elastic_jax.nest.slice import slice_params
+from elastic_jax.train.loop import Stopped, train
+from tests.train.tiny_experiment import get_config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """The workdir of one finished run."""
+    workdir = tmp_path_factory.mktemp('run')
+    train(get_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_config_metrics_checkpoints_parent_and_report(finished):
+    assert json.loads((finished / 'config.json').read_text())['name'] == 'tiny'
+    for name in ('report.html', 'pareto.png', 'parent/params', 'checkpoints/21/params', 'checkpoints/21/opt_state'):
+        assert (finished / name).exists(), name
+    for item in ('router', 'ordering', 'data', 'manifest'):
+        assert (finished / 'checkpoints' / '21' / item).exists(), item
+    kept = sorted(int(path.name) for path in (finished / 'checkpoints').iterdir())
+    assert len(kept) == 2 and kept[-1] == 21
+    steps = [line['step'] for line in read_metrics(finished) if line['kind'] == 'train']
+    assert steps == list(range(1, 22))
+
+
+def test_budgets_meet_their_targets_or_say_why_and_nest_in_each_other(finished):
+    manifest = read_manifest(finished)
+    archs = [budget.arch for budget in manifest.budgets.values()]
+    assert list(manifest.budgets) == ['full', 'mid', 'small']
+    assert archs[2].nests_in(archs[1]) and archs[1].nests_in(archs[0])
+    frozen = next(line for line in read_metrics(finished) if line['kind'] == 'frozen')['budgets']
+    measure = metric('parameters')
+    for name, arch in zip(manifest.budgets, archs, strict=True):
+        share = measure(arch, None) / measure(manifest.arch, None)
+        assert share == pytest.approx(frozen[name]['share'])
+        assert abs(share / frozen[name]['target'] - 1) <= 0.05 or frozen[name]['note']
+
+
+def test_saved_scores_are_those_of_the_restored_slices(finished):
+    """The manifest's held-out loss is what a plain forward pass over the restored slice gives."""
+    from elastic_jax.data.pipeline import heldout_batches
+    from elastic_jax.model.decoder import logits
+
+    manifest = read_manifest(finished)
+    batch = next(heldout_batches(get_config().data, 4, 32, 1))
+    for budget in manifest.budgets.values():
+        params = restore_slice(finished, budget.arch)
+        log_q = jax.nn.log_softmax(logits(params, batch['tokens'], budget.arch, batch['segment_ids']))
+        nats = -np.take_along_axis(np.asarray(log_q), batch['targets'][..., None], axis=-1)[..., 0]
+        assert budget.metrics['loss'] == pytest.approx(float((nats * batch['loss_mask']).sum() / batch['loss_mask'].sum()), rel=1e-4)
+
+
+def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished):
+    manifest = read_manifest(finished)
+    whole = restore_slice(finished, manifest.arch)
+    for budget in manifest.budgets.values():
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            restore_slice(finished, budget.arch),
+            slice_params(whole, manifest.arch, budget.arch, manifest.layout),
+        )
+
+
+def test_running_a_finished_experiment_again_only_reports(finished, capsys):
+    before = (finished / 'metrics.jsonl').read_text()
+    train(get_config(), finished)
+    assert (finished / 'metrics.jsonl').read_text() == before
+    assert 'small' in capsys.readouterr().out
+
+
+def test_another_experiments_workdir_is_refused_by_key(finished):
+    config = get_config()
+    config.optimizer.lr = 0.5
+    with pytest.raises(UserError, match=r'optimizer\.lr: 0\.0001 there, 0\.5 here'):
+        train(config, finished)
+    config = get_config()
+    config.log_every = 7  # changes no number of the result
+    train(config, finished)
+
+
+def test_widths_by_hand_and_sampled_budgets(tmp_path):
+    train(get_config('by_hand,sampled'), tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert manifest.budgets['small'].arch.widths().items() >= {'embed': 8, 'layers': 3}.items()
+    assert manifest.budgets['small'].arch.pattern.count('.') == 1
+    drawn = [line for line in read_metrics(tmp_path) if line['kind'] == 'train' and line['stage'] == 'short']
+    assert all(sum(key.startswith('loss/') for key in line) == 2 for line in drawn)
+
+
+def test_stop_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    from elastic_jax.train import loop
+
+    steps = []
+    write = loop._Report.__call__
+
+    def stop_at_ten(report):
+        write(report)
+        steps.append(report.step)
+        if report.step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Report, '__call__', stop_at_ten)
+    with pytest.raises(Stopped, match='run the same command'):
+        train(get_config('by_hand'), tmp_path)
+    stopped_at = read_manifest(tmp_path).step
+    assert 10 <= stopped_at <= 12
+    train(get_config('by_hand'), tmp_path)
+    assert steps == list(range(1, 18))
+
+
+def test_non_finite_losses_stop_the_run_with_the_last_checkpoint_intact(tmp_path):
+    config = get_config('by_hand')
+    config.stages.pretrain.optimizer = {'lr': 1e38, 'clip': 1e38, 'warmup': 1, 'final_lr': 1e38}
+    config.max_bad_steps = 2
+    config.checkpoint.every = 1
+    with pytest.raises(WorkError, match=r'2 steps in a row had a non-finite loss.*checkpoint of step \d+ is intact'):
+        train(config, tmp_path)
+    assert read_manifest(tmp_path).stage == 'pretrain'
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'widths': {'small': 'embed=20'}}, 'embed=20 does not nest: the parent has 16'),
+        ({'widths': {'small': 'embde=8'}}, "unknown axis 'embde'; did you mean 'embed'"),
+        ({'widths': {'smal': 'embed=8'}}, "unknown budget in config.widths 'smal'; did you mean 'small'"),
+        ({'layout': {'mlp': 3}}, r'mlp@3=32 is not a multiple of the layout.s G=3; take 30 or 33'),
+        ({'budgets': {'tiny': 0.01}}, 'budget tiny asks for 1.0% of the parent, but the smallest choices reach'),
+        ({'metric': 'params'}, "unknown budget metric 'params'; did you mean 'parameters'"),
+        ({'data': {'source': 'files', 'path': '/no/such/file.txt'}}, r'/no/such/file\.txt cannot be read'),
+        ({'data': {'source': 'files', 'path': ''}}, 'data.path is empty'),
+        ({'arch': {'pattern': 'M?'}}, "pattern 'M\\?' has '\\?'"),
+        ({'curriculum': ('pretrian',)}, "unknown stage in config.curriculum 'pretrian'; did you mean 'pretrain'"),
+    ],
+    ids=str,
+)
+def test_bad_configs_are_one_sentence_before_anything_starts(tmp_path, change, message):
+    config = get_config('by_hand' if 'widths' in change else '')
+    for section, values in change.items():
+        if isinstance(values, dict):
+            config[section].update(values)
+        else:
+            config[section] = values
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'checkpoints').exists() or not any((tmp_path / 'run' / 'checkpoints').iterdir())
