@@ -112,6 +112,15 @@ def _parser() -> _Parser:
     )
     train.add_argument('--workdir', required=True, help='where config, metrics, checkpoints and report go (any path, also gs://)')
 
+    imported = verb(
+        'import',
+        'Turn a Hugging Face model into a checkpoint with the budget full, for config.parent.checkpoint.',
+        'elastic import --hf nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --checkpoint runs/parent',
+        _import,
+    )
+    imported.add_argument('--hf', required=True, metavar='DIR_OR_ID', help='a folder with safetensors files, or an id of the hub')
+    imported.add_argument('--checkpoint', required=True, metavar='DIR', help='a workdir that holds no checkpoints yet')
+
     inspect = verb('inspect', 'Show the budgets of a checkpoint.', 'elastic inspect --checkpoint runs/quickstart', _inspect)
     _checkpoint(inspect)
     _json(inspect)
@@ -129,6 +138,7 @@ def _parser() -> _Parser:
     cut.add_argument('--out', required=True, help='a folder that does not exist yet')
     cut.add_argument('--format', choices=('orbax', 'hf'), default='orbax')
     cut.add_argument('--dtype', choices=('bfloat16', 'float32'), help='dtype of the weights (default: as stored)')
+    cut.add_argument('--push-to-hub', metavar='ID', help='also upload the folder to this model id (with --format hf)')
 
     evaluate = verb(
         'eval', 'Held-out loss of every budget, in one load.', 'elastic eval --checkpoint runs/quickstart --data notes.txt', _eval
@@ -233,6 +243,18 @@ def _one_line(error: BaseException) -> str:
     return ' '.join(str(error).split())
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from absl import logging
+
+    from elastic_jax.cost import parameters
+    from elastic_jax.hf.importing import import_checkpoint
+
+    logging.set_verbosity(logging.FATAL)  # Orbax prints a traceback for what is reported here as one sentence
+    arch = import_checkpoint(arguments.hf, arguments.checkpoint)
+    print(f'imported {parameters(arch):,} parameters, {arch.pattern}, to {arguments.checkpoint}', file=sys.stderr)
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
 
@@ -245,11 +267,17 @@ def _slice(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
     from elastic_jax.arch import parse_widths
 
+    if arguments.push_to_hub and arguments.format != 'hf':
+        raise UserError('--push-to-hub uploads a Hugging Face folder: add --format hf')
     checkpoint = open_checkpoint(arguments.checkpoint)
     widths = parse_widths(arguments.widths) if arguments.widths else None
     write = checkpoint.export if arguments.format == 'hf' else checkpoint.slice
     write(arguments.budget, arguments.out, widths=widths, dtype=arguments.dtype)
     print(f'wrote {arguments.out}', file=sys.stderr)
+    if arguments.push_to_hub:
+        from elastic_jax.hf.hub import push
+
+        print(f'uploaded to {push(arguments.out, arguments.push_to_hub)}', file=sys.stderr)
     return 0
 
 

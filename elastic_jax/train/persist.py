@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -70,7 +71,7 @@ class Store:
         """The parent's parameters: from `config.parent.checkpoint`, else random."""
         config = self.plan.config
         if config.parent.checkpoint:
-            return restore_slice(config.parent.checkpoint, self.plan.parent)
+            return restore_slice(config.parent.checkpoint, self.plan.parent, dtype=jnp.float32)  # imports may be bfloat16
         return init_params(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
 
     def save(self, at: Snapshot) -> None:
