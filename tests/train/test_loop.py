@@ -60,7 +60,9 @@ def test_saved_scores_are_those_of_the_restored_slices(finished):
         params = restore_slice(finished, budget.arch)
         log_q = jax.nn.log_softmax(logits(params, batch['tokens'], budget.arch, batch['segment_ids']))
         nats = -np.take_along_axis(np.asarray(log_q), batch['targets'][..., None], axis=-1)[..., 0]
-        assert budget.metrics['loss'] == pytest.approx(float((nats * batch['loss_mask']).sum() / batch['loss_mask'].sum()), rel=1e-4)
+        assert budget.metrics['loss'] == pytest.approx(
+            float((nats * batch['loss_mask']).sum() / batch['loss_mask'].sum()), rel=1e-4
+        )
 
 
 def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished):
