@@ -35,18 +35,23 @@ def evaluate(params: Any, arch: Arch, batches: Iterable[Batch], dtype: Any = jnp
 
     Args:
       params: the submodel's own (sliced) parameters.
-      batches: as `data.pipeline` makes them; `target_bytes` says how many bytes each target token stands for.
+      batches: dicts of [B, T] arrays as `data.pipeline` makes them; `target_bytes` says how many bytes each target token
+        stands for, `loss_mask` which tokens are scored. Batches of one shape share one compiled program per `arch`.
     Raises: WorkError when there is no token to score.
     """
-    nats, tokens, text_bytes = 0.0, 0.0, 0.0
+    sums, tokens, text_bytes = [], 0.0, 0.0
     for batch in batches:
         inputs = {key: batch[key] for key in INPUTS}
-        nats += float(_summed_loss(params, inputs, arch, jnp.dtype(dtype), chunk))
-        tokens += float(np.sum(batch['loss_mask'], dtype=np.float64))
-        text_bytes += float(np.sum(batch['target_bytes'] * batch['loss_mask'], dtype=np.float64))
+        # Fetched at the end: the next batch is made while the device works on this one.
+        sums.append(_summed_loss(params, inputs, arch, jnp.dtype(dtype), chunk))
+        mask = np.asarray(batch['loss_mask'], np.float64)
+        tokens += float(mask.sum())
+        text_bytes += float((np.asarray(batch['target_bytes'], np.float64) * mask).sum())
     if not tokens:
         raise WorkError('there is no held-out token to score; give a longer text')
+    nats = sum(float(total) for total in sums)
     loss = nats / tokens
-    bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else float('nan')
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
+    with np.errstate(over='ignore'):
+        perplexity = float(np.exp(loss))
     return {'loss': loss, 'perplexity': perplexity, 'bits_per_byte': bits_per_byte, 'tokens': tokens, 'bytes': text_bytes}

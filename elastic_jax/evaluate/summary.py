@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_jax.arch import Arch
 from elastic_jax.cost import cost_of
+from elastic_jax.model.params import layer_name, param_table
 
 Score = Mapping[str, float]
 Row = dict[str, Any]
@@ -25,42 +27,35 @@ def summary_rows(
     Args:
       after, before: held-out scores of each budget's slice with elastic training and without it.
     """
+    whole = parent_score['bits_per_byte']
     rows = []
     for name, arch in archs.items():
-        cost = cost_of(arch, context)
-        rows.append(
-            {
-                'name': name,
-                'widths': arch.widths(),
-                'layers': _layer_widths(arch),
-                'parameters': cost.parameters,
-                'active_parameters': cost.active_parameters,
-                'bytes': cost.bytes,
-                'flops_per_token': cost.flops_per_token,
-                'bits_per_byte': after[name]['bits_per_byte'],
-                'before_bits_per_byte': before[name]['bits_per_byte'],
-                'gap_closed': gap_closed(
-                    before[name]['bits_per_byte'], after[name]['bits_per_byte'], parent_score['bits_per_byte']
-                ),
-            }
-        )
-    cost = cost_of(parent, context)
-    own = {
-        'name': 'parent',
-        'widths': parent.widths(),
-        'layers': _layer_widths(parent),
+        old, new = before[name]['bits_per_byte'], after[name]['bits_per_byte']
+        scores = {'bits_per_byte': new, 'before_bits_per_byte': old, 'gap_closed': gap_closed(old, new, whole)}
+        rows.append(_row(name, arch, context) | scores)
+    return rows, _row('parent', parent, context) | {'bits_per_byte': whole}
+
+
+def _row(name: str, arch: Arch, context: int) -> Row:
+    cost = cost_of(arch, context)
+    return {
+        'name': name,
+        'widths': arch.widths(),
+        'layers': _layer_widths(arch),
         'parameters': cost.parameters,
         'active_parameters': cost.active_parameters,
         'bytes': cost.bytes,
         'flops_per_token': cost.flops_per_token,
-        'bits_per_byte': parent_score['bits_per_byte'],
     }
-    return rows, own
 
 
 def _layer_widths(arch: Arch) -> list[dict[str, Any]]:
-    """The widths of every block, for pictures: [{'mixer': letter, axis: width, …}, …]; a dropped block has '.'."""
-    blocks: list[dict[str, Any]] = [{'mixer': letter} for letter in arch.pattern]
+    """Every block, for pictures: [{'mixer': letter, 'parameters': count, axis: width, …}, …]; a dropped block has '.' and 0."""
+    table = param_table(arch)
+    blocks: list[dict[str, Any]] = []
+    for i, letter in enumerate(arch.pattern):
+        count = sum(math.prod(param.shape) for param in table.get(layer_name(i), {}).values())
+        blocks.append({'mixer': letter, 'parameters': count})
     for axis in arch.axes():
         for i, width in arch.layer_widths(axis.name).items():
             blocks[i][axis.name] = width
@@ -69,38 +64,39 @@ def _layer_widths(arch: Arch) -> list[dict[str, Any]]:
 
 def gap_closed(before: float, after: float, parent: float) -> float | None:
     """Share of a slice's gap to the parent that elastic training closed; None where there was none."""
-    return (before - after) / (before - parent) if before - parent > 1e-6 else None
+    gap = before - parent
+    return (before - after) / gap if gap > 1e-6 and math.isfinite(gap) and math.isfinite(after) else None
 
 
 def format_table(rows: Sequence[Row], parent: Row) -> str:
-    """The table for a terminal."""
-    header = ('budget', 'parameters', 'active', 'bf16', 'FLOPs/token', 'bits/byte', 'before', 'gap closed', 'widths')
-    lines = [header]
-    whole = parent['parameters']
-    for row in [*rows, parent]:
-        closed = row.get('gap_closed')
-        lines.append(
-            (
-                row['name'],
-                f'{human(row["parameters"])} ({row["parameters"] / whole:.0%})',
-                human(row['active_parameters']),
-                human(row['bytes'], 'B'),
-                human(row['flops_per_token']),
-                f'{row["bits_per_byte"]:.4f}',
-                f'{row["before_bits_per_byte"]:.4f}' if 'before_bits_per_byte' in row else '',
-                f'{closed:.0%}' if closed is not None else '',
-                format_widths(row['widths']),
-            )
-        )
+    """The table for a terminal, and below it the widths of every budget as `--widths` takes them."""
+    header = ('budget', 'parameters', '', 'active', 'bf16', 'FLOPs/token', 'bits/byte', 'before', 'gap closed')
+    lines = [header, *(table_cells(row, parent) for row in [*rows, parent])]
     sizes = [max(len(line[column]) for line in lines) for column in range(len(header))]
     aligned = []
     for line in lines:
-        cells = [
-            cell.ljust(size) if i in (0, 8) else cell.rjust(size) for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
-        ]
-        aligned.append('  '.join(cells).rstrip())
-    rule = '  '.join('-' * size for size in sizes[:-1])
-    return '\n'.join([aligned[0], rule, *aligned[1:]])
+        first, *rest = (cell.rjust(size) for cell, size in zip(line, sizes, strict=True))
+        aligned.append('  '.join([first.strip().ljust(sizes[0]), *rest]).rstrip())
+    rule = '  '.join('-' * size for size in sizes).rstrip()
+    widths = [f'{row["name"].ljust(sizes[0])}  {format_widths(row["widths"])}' for row in rows]
+    return '\n'.join([aligned[0], rule, *aligned[1:], '', *widths])
+
+
+def table_cells(row: Row, parent: Row) -> tuple[str, ...]:
+    """One row of the table as text: name, parameters, their share of the parent's, active parameters, bytes of the weights,
+    FLOPs per token, bits per byte, the same before elastic training, share of the gap closed."""
+    closed = row.get('gap_closed')
+    return (
+        row['name'],
+        human(row['parameters']),
+        percent(row['parameters'] / parent['parameters']),
+        human(row['active_parameters']),
+        human(row['bytes'], 'B'),
+        human(row['flops_per_token']),
+        f'{float(row["bits_per_byte"]):.4f}',
+        f'{float(row["before_bits_per_byte"]):.4f}' if 'before_bits_per_byte' in row else '',
+        percent(closed) if closed is not None else '',
+    )
 
 
 def format_widths(widths: Mapping[str, int]) -> str:
@@ -109,8 +105,16 @@ def format_widths(widths: Mapping[str, int]) -> str:
 
 
 def human(value: float, unit: str = '') -> str:
-    """A count in thousands, millions, …: 1.02M, 3.9 MB."""
-    for size, letter in ((1e12, 'T'), (1e9, 'G' if unit else 'B'), (1e6, 'M'), (1e3, 'k')):
-        if abs(value) >= size:
-            return f'{value / size:.3g} {letter}{unit}' if unit else f'{value / size:.3g}{letter}'
-    return f'{value:.3g}{" " + unit if unit else ""}'
+    """A count in thousands, millions, …, to three digits: 1.02M, 3.9 MB."""
+    prefixes = ('', 'k', 'M', 'G' if unit else 'B', 'T', 'P')
+    step = 0
+    # 999.5 is where three digits round up to the next prefix.
+    while abs(value) >= 999.5 and step < len(prefixes) - 1:
+        value, step = value / 1000, step + 1
+    digits = f'{value:.3g}' if abs(value) < 999.5 else f'{value:.0f}'
+    return f'{digits} {prefixes[step]}{unit}' if unit else f'{digits}{prefixes[step]}'
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """0.55 -> '55 %'."""
+    return f'{100 * share:.{digits}f} %'
