@@ -1,0 +1,263 @@
+"""The face for Python and Colab: open a checkpoint, load any size of it, and use it.
+
+ckpt = elastic_jax.open_checkpoint('runs/quickstart')
+print(ckpt.budgets)
+model = ckpt.load('small')
+print(model.generate('import '))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from elastic_jax.arch import Arch, unknown_name
+from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
+from elastic_jax.checkpoint.leaf_reader import LeafReader
+from elastic_jax.checkpoint.manifest import Budget, Manifest
+from elastic_jax.checkpoint.restore import read_manifest, restore_slice, step_directory
+from elastic_jax.cost import cost_of
+from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
+from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
+from elastic_jax.errors import UserError
+from elastic_jax.evaluate.perplexity import evaluate
+from elastic_jax.evaluate.summary import format_widths, human
+from elastic_jax.hf.from_checkpoint import export_checkpoint
+from elastic_jax.infer.generate import GREEDY, generate
+from elastic_jax.infer.sampling import Sampling
+from elastic_jax.layout import Layout
+from elastic_jax.model.decoder import logits
+from elastic_jax.model.params import leaves, map_table, param_dtype, param_table
+
+
+class BudgetTable(Mapping[str, Budget]):
+    """Budget name -> Budget; prints as a table in a terminal and in a notebook."""
+
+    columns = ('budget', 'parameters', 'active', 'bf16', 'bits/byte', 'widths')
+
+    def __init__(self, budgets: Mapping[str, Budget]):
+        self._budgets = dict(budgets)
+
+    def __getitem__(self, name: str) -> Budget:
+        if name not in self._budgets:
+            raise UserError(unknown_name('budget', name, list(self._budgets)))
+        return self._budgets[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._budgets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._budgets)
+
+    def __len__(self) -> int:
+        return len(self._budgets)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        result = []
+        for name, budget in self._budgets.items():
+            costs, bits = budget.costs, budget.metrics.get('bits_per_byte')
+            sizes = (human(costs['parameters']), human(costs['active_parameters']), human(costs['bytes'], 'B'))
+            result.append((name, *sizes, f'{bits:.4f}' if bits is not None else '', format_widths(budget.arch.widths())))
+        return result
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *self.rows()]
+        sizes = [max(len(line[i]) for line in lines) for i in range(len(self.columns) - 1)]
+        pad = lambda line: [
+            cell.ljust(size) if i == 0 else cell.rjust(size) for i, (cell, size) in enumerate(zip(line, sizes, strict=False))
+        ]
+        return '\n'.join('  '.join([*pad(line), line[-1]]) for line in lines)
+
+    def _repr_html_(self) -> str:
+        cells = lambda tag, line: ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in line)
+        rows = ''.join(f'<tr>{cells("td", row)}</tr>' for row in self.rows())
+        return f'<table><thead><tr>{cells("th", self.columns)}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+@dataclasses.dataclass
+class Model:
+    """One size, loaded: its Arch and its own parameters."""
+
+    arch: Arch
+    layout: Layout
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    dtype: Any = jnp.float32
+
+    def logits(self, tokens_BxT: Any) -> jax.Array:
+        """Logits [B, T, V] in float32."""
+        return _logits(self.params, jnp.asarray(tokens_BxT), self.arch, jnp.dtype(self.dtype))
+
+    def loss(self, tokens_BxT: Any) -> float:
+        """Mean cross-entropy of each token given those before it, in nats."""
+        tokens_BxT = jnp.asarray(tokens_BxT)
+        log_q = jax.nn.log_softmax(self.logits(tokens_BxT)[:, :-1])
+        return float(-jnp.take_along_axis(log_q, tokens_BxT[:, 1:, None], axis=-1).mean())
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Any:
+        """The continuation of a prompt, or a list of them for a list of prompts."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        completions = generate(
+            self.params, self.arch, self.tokenizer, prompts, max_tokens, sampling, stop, seed, jnp.dtype(self.dtype)
+        )
+        texts = [completion.text for completion in completions]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Held-out scores over batches of `data.pipeline`."""
+        return evaluate(self.params, self.arch, batches, dtype=self.dtype)
+
+
+_logits = jax.jit(
+    lambda params, tokens, arch, dtype: logits(params, tokens, arch, dtype=dtype), static_argnames=('arch', 'dtype')
+)
+
+
+class Checkpoint:
+    """An elastic checkpoint: its manifest is read, its arrays only when a size is loaded."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = step_directory(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        self.arch, self.layout = self.manifest.arch, self.manifest.layout
+        self.budgets = BudgetTable(self.manifest.budgets)
+
+    def __repr__(self) -> str:
+        return f'{self.path}, step {self.manifest.step} ({self.manifest.stage})\n{self.budgets!r}'
+
+    @property
+    def largest(self) -> str:
+        return next(iter(self.budgets))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        # Kept beside an imported checkpoint; the manifest's own path may be of another machine.
+        beside = self.path.parent.parent / 'tokenizer'
+        is_bytes = self.manifest.tokenizer.get('kind') == 'bytes'
+        return load_tokenizer(os.fspath(beside) if not is_bytes and beside.exists() else dict(self.manifest.tokenizer))
+
+    def arch_of(self, budget: str | None = None, widths: Mapping[str, int] | None = None) -> Arch:
+        """The Arch of a budget, or of any widths that nest and respect the layout; unnamed axes stay full."""
+        if (budget is None) == (widths is None):
+            raise UserError('name a budget or give widths, one of the two')
+        if widths is not None:
+            return self.layout_checked(self.arch.narrow(widths))
+        return self.budgets[budget].arch
+
+    def layout_checked(self, arch: Arch) -> Arch:
+        self.layout.check(arch)
+        return arch
+
+    def load(
+        self, budget: str | None = None, *, widths: Mapping[str, int] | None = None, shardings: Any = None, dtype: Any = None
+    ) -> Model:
+        """One size, reading only its own bytes.
+
+        Args:
+          budget: a budget of the checkpoint; or `widths`, such as {'embed': 96, 'mlp@3': 128}, trained or not.
+          shardings: group -> name -> Sharding, to shard the parameters as they arrive. dtype: of parameters and compute.
+        """
+        arch = self.arch_of(budget, widths)
+        params = restore_slice(self.path, arch, shardings, dtype)
+        return Model(arch, self.layout, params, self.tokenizer, jnp.float32 if dtype is None else jnp.dtype(dtype))
+
+    def slice(
+        self, budget: str | None, out: epath.PathLike, *, widths: Mapping[str, int] | None = None, dtype: Any = None
+    ) -> epath.Path:
+        """Writes one size as an ordinary checkpoint whose only budget is `full`, leaf by leaf. Returns its path."""
+        arch, out = self.arch_of(budget, widths), epath.Path(out).resolve()
+        if out.exists():
+            raise UserError(f'{out} exists already; give a folder that does not')
+        read = LeafReader(self.path, arch)
+
+        def lazy(group: str, name: str, param: Any) -> LazyLeaf:
+            own = np.dtype(param_dtype(param, jnp.dtype(dtype))) if dtype else read.dtype(group, name)
+            return LazyLeaf(param.shape, own, lambda: read(group, name).astype(own))
+
+        table = param_table(arch, self.layout)
+        params: dict[str, dict[str, Any]] = map_table(lambda _: None, table)
+        for group, name, param in leaves(table):
+            params[group][name] = lazy(group, name, param)
+        metrics = self.budgets[budget].metrics if budget else {}
+        costs = cost_of(arch, next(iter(self.budgets.values())).costs.get('context', 4096)).to_json()
+        manifest = dataclasses.replace(
+            self.manifest,
+            arch=arch,
+            budgets={'full': Budget(arch, costs, metrics)},
+            dtypes={**self.manifest.dtypes, **({'params': str(dtype)} if dtype else {})},
+            extra={**self.manifest.extra, 'sliced_from': os.fspath(self.path), 'sliced_budget': budget or ''},
+        )
+        save_lazily(out, params, manifest)
+        return out
+
+    def export(
+        self, budget: str | None, out: str | os.PathLike[str], *, widths: Mapping[str, int] | None = None, dtype: Any = None
+    ) -> Any:
+        """Writes one size as a Hugging Face folder for transformers and vLLM. Returns its path."""
+        return export_checkpoint(self.path, self.arch_of(budget, widths), out, dtype=dtype and str(dtype), budget=budget)
+
+    def heldout(
+        self, data: str | None = None, context: int = 256, batch_size: int = 8, batches: int | None = None
+    ) -> list[Batch]:
+        """Held-out batches of the run's own data, or all of a text or JSONL file."""
+        config = default_data_config()
+        own = self.path.parent.parent / 'config.json'
+        if data is not None:
+            config.update({'source': 'files', 'path': data, 'heldout_fraction': 1.0})
+        elif own.exists():
+            config = ConfigDict(json.loads(own.read_text())['data'])
+        else:
+            raise UserError(f'{self.path} has no run beside it whose held-out data to use; give a file with --data')
+        if self.manifest.tokenizer.get('kind') != 'bytes':
+            config.tokenizer = self.tokenizer.spec['folder']
+        return list(heldout_batches(config, batch_size, context, batches))
+
+    def evaluate(
+        self, budgets: Sequence[str] | None = None, *, data: str | None = None, context: int = 256, batches: int | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Held-out scores of several budgets (default: all)."""
+        names = list(self.budgets) if budgets is None else list(budgets)
+        archs = {name: self.budgets[name].arch for name in names}
+        scored = self.heldout(data, context, batches=batches)
+        return {name: evaluate(restore_slice(self.path, arch), arch, scored) for name, arch in archs.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What `inspect --json` prints."""
+        manifest = self.manifest
+        budgets = [
+            {'name': name, 'widths': budget.arch.widths(), **budget.costs, 'metrics': dict(budget.metrics)}
+            for name, budget in self.budgets.items()
+        ]
+        return {
+            'budgets': budgets,
+            'path': os.fspath(self.path),
+            'step': manifest.step,
+            'stage': manifest.stage,
+            'pattern': self.arch.pattern,
+            'layout': self.layout.to_json(),
+            'tokenizer': dict(manifest.tokenizer),
+            'experiment': manifest.experiment,
+        }
+
+
+def open_checkpoint(path: epath.PathLike) -> Checkpoint:
+    """Opens a workdir of `elastic train` or `elastic import`, or one step of it. Cheap: only the manifest is read."""
+    return Checkpoint(path)
