@@ -15,7 +15,8 @@ class Context:
 
     Attributes:
       positions_BxT: position of each token in its document (rotary).
-      segment_ids_BxT: document of each token; attention, convolution and SSM state reset where it changes. 0 is padding.
+      segment_ids_BxT: document of each token, each with an id of its own in its row; attention, convolution and SSM state
+        reset where it changes. 0 is padding.
       valid_B: with a cache, how many of this chunk's T tokens are real (prompts are padded on the right).
       length_B: with a cache, how many tokens it already holds.
       taps: whether blocks also return the activations that importance is measured on.

@@ -1,4 +1,4 @@
-"""Root-mean-square norms, computed in float32."""
+"""Root-mean-square norms, computed in float32 at least."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, ratio: Any = 1.0, axes:
     A masked x of which only `ratio` of the channels are kept gives what the sliced norm gives (method.md §2): the mean
     runs over fewer channels, so eps is scaled by the ratio and the result by its square root.
     """
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
-    normed = x32 * jax.lax.rsqrt(mean_square + eps * ratio) * jnp.sqrt(jnp.asarray(ratio, jnp.float32))
-    return (normed * lead(scale, x32).astype(jnp.float32)).astype(x.dtype)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + eps * ratio) * jnp.sqrt(jnp.asarray(ratio, wide.dtype))
+    return (normed * lead(scale, wide).astype(wide.dtype)).astype(x.dtype)

@@ -1,0 +1,45 @@
+"""Grouped-query attention with every option against loops in float64."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from elastic_jax.arch import Arch, Attention, Rope
+from elastic_jax.layout import FLAT, Layout
+from elastic_jax.model.attention import attention
+from elastic_jax.model.context import Context
+from tests.model import oracle
+from tests.tiny import numpy_params
+
+ROPES = {'no-rope': None, 'rope': Rope(100.0), 'scaled-rope': Rope(1e4, (8.0, 1.0, 4.0, 16.0))}
+CASES = [
+    Attention(2, 3, 6, rope=rope, qk_norm=qk_norm, bias=bias, output_bias=bias)
+    for rope, (qk_norm, bias) in itertools.product(ROPES.values(), [(False, False), (True, True)])
+]
+
+
+@pytest.mark.parametrize('layout', [FLAT, Layout(kv_heads=2)], ids=['flat', 'blocked'])
+@pytest.mark.parametrize('mixer', CASES, ids=str)
+def test_attention_is_the_loop_over_heads_and_tokens(mixer, layout):
+    arch = Arch.from_pattern('*', vocab=4, embed=10, attention=mixer)
+    layer = numpy_params(arch, layout)['layer_000']
+    x = np.random.default_rng(1).normal(size=(2, 9, 10)).astype(np.float32)
+    segments = np.asarray([[1] * 9, [1, 2, 2, 2, 2, 3, 3, 3, 3]])
+    positions = np.asarray([range(9), [0, *range(4), *range(4)]])
+    run = jax.jit(lambda layer, x: attention(layer, x, mixer, Context(positions, segments, norm_eps=1e-3), None).y_BxTxD)
+    found = run(layer, x)
+    layer64 = {name: leaf.astype(np.float64) for name, leaf in layer.items()}
+    for row, spans in enumerate([[(0, 9)], [(0, 1), (1, 5), (5, 9)]]):
+        for start, end in spans:
+            expected = oracle.attention(layer64, x[row, start:end].astype(np.float64), mixer, 1e-3)
+            np.testing.assert_allclose(found[row, start:end], expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_scaled_rotary_has_all_three_bands():
+    """The case above is a test of Llama's rule only if it slows some frequencies, blends some and keeps some."""
+    _, low, high, original = ROPES['scaled-rope'].scaling
+    wavelengths = 2 * np.pi * 1e4 ** (np.arange(0, 6, 2) / 6)
+    assert [w > original / low for w in wavelengths] == [False, True, True]
+    assert wavelengths[0] > original / high
