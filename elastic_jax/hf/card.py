@@ -27,7 +27,7 @@ def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any])
         'parent': card.get('parent') or 'trained from scratch',
         'budget': budget or 'widths given by hand',
         'step': card.get('step'),
-        'parameters': f'{parameters(arch):,}',
+        'parameters': f'{parameters(arch):,.0f}',
         'active parameters': f'{active_parameters(arch):,.0f}',
         'pattern': f'`{arch.pattern}`',
         'dtype': dtype,

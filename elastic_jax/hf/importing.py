@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     files = ModelFolder(folder)
     try:
         tree = lazy_params(files, config, FLAT)
-        tokenizer = _keep_side_files(folder, workdir / 'tokenizer', arch)
+        tokenizer = _keep_side_files(folder, workdir / 'tokenizer')
         largest = max((leaf for named in tree.values() for leaf in named.values()), key=lambda leaf: leaf.nbytes)
         manifest = Manifest(
             arch=arch,
@@ -96,18 +97,16 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     return arch
 
 
-def _keep_side_files(folder: Path, kept: epath.Path, arch: Arch) -> dict[str, str]:
-    """Copies the tokenizer and generation files; returns the tokenizer's spec, which without tokenizer.json is bytes.
-
-    Where the vocabulary does not hold the bytes either, the spec names the folder, and what needs text will miss the file.
-    """
+def _keep_side_files(folder: Path, kept: epath.Path) -> dict[str, str]:
+    """Copies the tokenizer and generation files; returns the tokenizer's spec, which without tokenizer.json is bytes."""
     found = side_files(folder)
     if found:
         kept.mkdir(parents=True, exist_ok=True)
     for path in found:
         (kept / path.name).write_bytes(path.read_bytes())
-    if (folder / 'tokenizer.json').is_file() or arch.vocab < ByteTokenizer.vocab_size:
+    if (folder / 'tokenizer.json').is_file():
         return {'kind': 'hf', 'folder': str(kept)}
+    print(f'elastic: {folder} has no tokenizer.json, so text will be read as bytes', file=sys.stderr)
     return dict(ByteTokenizer.spec)
 
 
