@@ -234,8 +234,10 @@ def _unknown_flag(name: str, values: Any) -> str:
     if not name.startswith('config.'):
         near = difflib.get_close_matches(name, ['config', 'workdir'], n=1)
         return f'unknown flag --{name}' + (f'; did you mean --{near[0]}?' if near else '')
-    known = list(flatten(json.loads(values.config.to_json())))
-    near = difflib.get_close_matches(name.removeprefix('config.'), known, n=1)
+    known = flatten(json.loads(values.config.to_json()))
+    if name.removeprefix('config.') in known:
+        return f'cannot read the value given for --{name}; expected one like {known[name.removeprefix("config.")]!r}'
+    near = difflib.get_close_matches(name.removeprefix('config.'), list(known), n=1)
     return f'unknown config key {name.removeprefix("config.")!r}' + (f'; did you mean {near[0]!r}?' if near else '')
 
 
@@ -251,7 +253,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     logging.set_verbosity(logging.FATAL)  # Orbax prints a traceback for what is reported here as one sentence
     arch = import_checkpoint(arguments.hf, arguments.checkpoint)
-    print(f'imported {parameters(arch):,} parameters, {arch.pattern}, to {arguments.checkpoint}', file=sys.stderr)
+    print(f'imported {parameters(arch):,.0f} parameters, {arch.pattern}, to {arguments.checkpoint}', file=sys.stderr)
     return 0
 
 

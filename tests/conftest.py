@@ -7,6 +7,7 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_opti
 
 import hypothesis
 import jax
+import pytest
 
 # A forgotten dimension raises instead of being broadcast.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -14,3 +15,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Compiling takes as long as it takes; the same examples every time, so that a red test stays red.
 hypothesis.settings.register_profile('tests', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('tests')
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+    """The workdir of one finished run of the tiny experiment; tests must leave it as it is."""
+    from elastic_jax.train.loop import train
+    from tests.train.tiny_experiment import get_config
+
+    workdir = tmp_path_factory.mktemp('run')
+    train(get_config(), workdir)
+    return workdir

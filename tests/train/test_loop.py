@@ -16,32 +16,24 @@ from elastic_jax.train.loop import Stopped, train
 from tests.train.tiny_experiment import get_config
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    """The workdir of one finished run."""
-    workdir = tmp_path_factory.mktemp('run')
-    train(get_config(), workdir)
-    return workdir
-
-
-def test_a_run_leaves_config_metrics_checkpoints_parent_and_report(finished):
-    assert json.loads((finished / 'config.json').read_text())['name'] == 'tiny'
+def test_a_run_leaves_config_metrics_checkpoints_parent_and_report(finished_run):
+    assert json.loads((finished_run / 'config.json').read_text())['name'] == 'tiny'
     for name in ('report.html', 'pareto.png', 'parent/params', 'checkpoints/21/params', 'checkpoints/21/opt_state'):
-        assert (finished / name).exists(), name
+        assert (finished_run / name).exists(), name
     for item in ('router', 'ordering', 'data', 'manifest'):
-        assert (finished / 'checkpoints' / '21' / item).exists(), item
-    kept = sorted(int(path.name) for path in (finished / 'checkpoints').iterdir())
+        assert (finished_run / 'checkpoints' / '21' / item).exists(), item
+    kept = sorted(int(path.name) for path in (finished_run / 'checkpoints').iterdir())
     assert len(kept) == 2 and kept[-1] == 21
-    steps = [line['step'] for line in read_metrics(finished) if line['kind'] == 'train']
+    steps = [line['step'] for line in read_metrics(finished_run) if line['kind'] == 'train']
     assert steps == list(range(1, 22))
 
 
-def test_budgets_meet_their_targets_or_say_why_and_nest_in_each_other(finished):
-    manifest = read_manifest(finished)
+def test_budgets_meet_their_targets_or_say_why_and_nest_in_each_other(finished_run):
+    manifest = read_manifest(finished_run)
     archs = [budget.arch for budget in manifest.budgets.values()]
     assert list(manifest.budgets) == ['full', 'mid', 'small']
     assert archs[2].nests_in(archs[1]) and archs[1].nests_in(archs[0])
-    frozen = next(line for line in read_metrics(finished) if line['kind'] == 'frozen')['budgets']
+    frozen = next(line for line in read_metrics(finished_run) if line['kind'] == 'frozen')['budgets']
     measure = metric('parameters')
     for name, arch in zip(manifest.budgets, archs, strict=True):
         share = measure(arch, None) / measure(manifest.arch, None)
@@ -49,15 +41,15 @@ def test_budgets_meet_their_targets_or_say_why_and_nest_in_each_other(finished):
         assert abs(share / frozen[name]['target'] - 1) <= 0.05 or frozen[name]['note']
 
 
-def test_saved_scores_are_those_of_the_restored_slices(finished):
+def test_saved_scores_are_those_of_the_restored_slices(finished_run):
     """The manifest's held-out loss is what a plain forward pass over the restored slice gives."""
     from elastic_jax.data.pipeline import heldout_batches
     from elastic_jax.model.decoder import logits
 
-    manifest = read_manifest(finished)
+    manifest = read_manifest(finished_run)
     batch = next(heldout_batches(get_config().data, 4, 32, 1))
     for budget in manifest.budgets.values():
-        params = restore_slice(finished, budget.arch)
+        params = restore_slice(finished_run, budget.arch)
         log_q = jax.nn.log_softmax(logits(params, batch['tokens'], budget.arch, batch['segment_ids']))
         nats = -np.take_along_axis(np.asarray(log_q), batch['targets'][..., None], axis=-1)[..., 0]
         assert budget.metrics['loss'] == pytest.approx(
@@ -65,32 +57,32 @@ def test_saved_scores_are_those_of_the_restored_slices(finished):
         )
 
 
-def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished):
-    manifest = read_manifest(finished)
-    whole = restore_slice(finished, manifest.arch)
+def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished_run):
+    manifest = read_manifest(finished_run)
+    whole = restore_slice(finished_run, manifest.arch)
     for budget in manifest.budgets.values():
         jax.tree.map(
             np.testing.assert_array_equal,
-            restore_slice(finished, budget.arch),
+            restore_slice(finished_run, budget.arch),
             slice_params(whole, manifest.arch, budget.arch, manifest.layout),
         )
 
 
-def test_running_a_finished_experiment_again_only_reports(finished, capsys):
-    before = (finished / 'metrics.jsonl').read_text()
-    train(get_config(), finished)
-    assert (finished / 'metrics.jsonl').read_text() == before
+def test_running_a_finished_experiment_again_only_reports(finished_run, capsys):
+    before = (finished_run / 'metrics.jsonl').read_text()
+    train(get_config(), finished_run)
+    assert (finished_run / 'metrics.jsonl').read_text() == before
     assert 'small' in capsys.readouterr().out
 
 
-def test_another_experiments_workdir_is_refused_by_key(finished):
+def test_another_experiments_workdir_is_refused_by_key(finished_run):
     config = get_config()
     config.optimizer.lr = 0.5
     with pytest.raises(UserError, match=r'optimizer\.lr: 0\.0001 there, 0\.5 here'):
-        train(config, finished)
+        train(config, finished_run)
     config = get_config()
     config.log_every = 7  # changes no number of the result
-    train(config, finished)
+    train(config, finished_run)
 
 
 def test_widths_by_hand_and_sampled_budgets(tmp_path):

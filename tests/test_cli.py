@@ -1,0 +1,129 @@
+"""The command line: what each verb prints, its exit status, and its one sentence for a mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import elastic_jax
+from elastic_jax.checkpoint.restore import restore_slice
+from elastic_jax.cli import main
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of one command, in this process."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(map(str, argv)))
+    captured = capsys.readouterr()
+    return exit_info.value.code, captured.out, captured.err
+
+
+def test_inspect_prints_a_table_or_one_json_object(capsys, finished_run):
+    status, out, _ = run(capsys, 'inspect', '--checkpoint', finished_run)
+    assert status == 0 and [line.split()[0] for line in out.splitlines()[1:4]] == ['full', 'mid', 'small']
+    status, out, _ = run(capsys, 'inspect', '--checkpoint', finished_run, '--json')
+    budgets = json.loads(out)['budgets']
+    assert [budget['name'] for budget in budgets] == ['full', 'mid', 'small']
+    for budget in budgets:
+        whole = restore_slice(finished_run, elastic_jax.open_checkpoint(finished_run).budgets[budget['name']].arch)
+        assert budget['parameters'] == sum(leaf.size for group in whole.values() for leaf in group.values())
+        assert {'widths', 'active_parameters', 'bytes'} <= budget.keys()
+
+
+def test_slice_writes_an_ordinary_checkpoint_with_the_same_numbers(capsys, finished_run, tmp_path):
+
+    for flags, load in (
+        (('--budget', 'small'), {'budget': 'small'}),
+        (('--widths', 'embed=8,mlp@3=16'), {'widths': {'embed': 8, 'mlp@3': 16}}),
+    ):
+        out = tmp_path / flags[0].strip('-')
+        status, _, err = run(capsys, 'slice', '--checkpoint', finished_run, *flags, '--out', out)
+        assert status == 0 and str(out) in err
+        whole, cut = elastic_jax.open_checkpoint(finished_run).load(**load), elastic_jax.open_checkpoint(out).load('full')
+        tokens = np.arange(24).reshape(2, 12)
+        np.testing.assert_array_equal(cut.logits(tokens), whole.logits(tokens))
+        assert cut.arch == whole.arch
+    status, _, err = run(capsys, 'slice', '--checkpoint', finished_run, '--budget', 'small', '--out', tmp_path / 'budget')
+    assert status == 2 and 'exists already' in err
+
+
+def test_slice_in_bfloat16_halves_the_weights(capsys, finished_run, tmp_path):
+    out = tmp_path / 'half'
+    assert run(capsys, 'slice', '--checkpoint', finished_run, '--budget', 'small', '--out', out, '--dtype', 'bfloat16')[0] == 0
+
+    half, whole = elastic_jax.open_checkpoint(out).load('full'), elastic_jax.open_checkpoint(finished_run).load('small')
+    assert half.params['layer_003']['up'].dtype == 'bfloat16' and half.params['layer_000']['a_log'].dtype == 'float32'
+    np.testing.assert_array_equal(half.params['layer_003']['up'], whole.params['layer_003']['up'].astype('bfloat16'))
+
+
+def test_eval_scores_every_budget_on_held_out_data_or_a_file(capsys, finished_run, tmp_path):
+    status, out, _ = run(capsys, 'eval', '--checkpoint', finished_run, '--json', '--context', 32, '--batches', 1)
+    scores = {entry['name']: entry for entry in json.loads(out)['budgets']}
+    assert status == 0 and list(scores) == ['full', 'mid', 'small']
+    text = tmp_path / 'notes.txt'
+    text.write_text('import os\n' * 40)
+    status, out, _ = run(
+        capsys, 'eval', '--checkpoint', finished_run, '--budgets', 'small', '--data', text, '--json', '--context', 32
+    )
+    (score,) = json.loads(out)['budgets']
+    assert status == 0 and score['name'] == 'small' and score['bytes'] == 400 - 1
+
+
+def test_generate_is_deterministic_and_differs_between_seeds(capsys, finished_run):
+    common = ('generate', '--checkpoint', finished_run, '--prompt', 'def ', '--max-tokens', 12, '--budget', 'small', '--json')
+    texts = [json.loads(run(capsys, *common, '--temperature', 1.0, '--seed', seed)[1])['text'] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert run(capsys, *common[:-1])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (('inspect', '--checkpoint', '/no/such/place'), '/no/such/place does not exist'),
+        (('inspekt',), "invalid choice: 'inspekt'"),
+        (('inspect', '--chekpoint', 'x', '--checkpoint', 'y'), 'did you mean --checkpoint'),
+        (('slice', '--checkpoint', 'RUN', '--budget', 'smal', '--out', 'x'), "unknown budget 'smal'; did you mean 'small'"),
+        (('slice', '--checkpoint', 'RUN', '--widths', 'embed', '--out', 'x'), "cannot read 'embed'"),
+        (('slice', '--checkpoint', 'RUN', '--widths', 'embed=999', '--out', 'x'), 'embed=999 does not nest: the parent has 16'),
+        (('slice', '--checkpoint', 'RUN', '--widths', 'emned=8', '--out', 'x'), "unknown axis 'emned'; did you mean 'embed'"),
+        (('eval', '--checkpoint', 'RUN', '--data', '/no/file.txt'), '/no/file.txt cannot be read'),
+        (('generate', '--checkpoint', 'RUN', '--prompt', ''), 'a prompt is empty'),
+        (('generate', '--checkpoint', 'RUN', '--prompt', 'a', '--temperature', '-1'), 'temperature=-1.0 must be at least 0'),
+        (('report', '--workdir', '/tmp'), '/tmp'),
+        (('train',), 'train needs --config FILE'),
+        (('train', '--config', 'nothing.py', '--workdir', 'w'), 'there is no file nothing.py'),
+        (('train', '--config', 'experiments/quickstart.py'), 'train needs --workdir'),
+        (('train', '--config=experiments/quickstart.py:fast', '--workdir', 'w'), 'takes no argument or smoke'),
+        (
+            ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.optimizer.lrr=1'),
+            "unknown config key 'optimizer.lrr'; did you mean 'optimizer.lr'",
+        ),
+        (
+            ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.seed=blue'),
+            'cannot read the value given for --config.seed',
+        ),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',
+)
+def test_mistakes_get_one_sentence_and_status_2(capsys, finished_run, tmp_path, monkeypatch, argv, message):
+    status, out, err = run(capsys, *(str(finished_run) if arg == 'RUN' else arg for arg in argv))
+    assert status == 2, err
+    assert message in err and out == ''
+    assert err.startswith('elastic: ') and len(err.strip().splitlines()) == 1, err
+
+
+def test_as_a_process_it_shows_the_path_through_the_verbs_and_fails_without_a_traceback(finished_run):
+    shown = subprocess.run([sys.executable, '-m', 'elastic_jax'], capture_output=True, text=True)
+    assert shown.returncode == 0 and 'elastic train' in shown.stdout and 'elastic slice' in shown.stdout
+    failed = subprocess.run(
+        [sys.executable, '-m', 'elastic_jax', 'inspect', '--checkpoint', '/no'], capture_output=True, text=True
+    )
+    assert (failed.returncode, failed.stdout) == (2, '') and 'Traceback' not in failed.stderr
+
+
+@pytest.mark.parametrize('verb', ['train', 'import', 'inspect', 'slice', 'eval', 'generate', 'report'])
+def test_every_verbs_help_has_an_example(capsys, verb):
+    status, out, _ = run(capsys, verb, '--help')
+    assert status == 0 and f'elastic {verb}' in out.partition('example')[2]
