@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 import transformers
-
-from elastic_jax.arch import Arch
-from elastic_jax.hf.importing import import_params
-from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.decoder import logits
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(2)
 
-FAST_COMPILE = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-TOLERANCE = 2e-5  # of the largest |logit|
-TOKENS_2x37 = np.random.default_rng(7).integers(0, 64, (2, 37))
 
 HYBRID = {
     'vocab_size': 64,
@@ -146,20 +137,3 @@ def torch_logits(model: torch.nn.Module, tokens_BxT: np.ndarray, mask_BxT: np.nd
     with torch.no_grad():
         mask = None if mask_BxT is None else torch.tensor(mask_BxT)
         return model(torch.tensor(tokens_BxT), attention_mask=mask, use_cache=False).logits.float().numpy()
-
-
-def assert_close(ours: Any, theirs: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    difference = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-    assert difference <= tolerance, f'{difference:.2e} of the largest logit, allowed {tolerance:.0e}'
-
-
-def load_params(folder: Path, layout: Layout = FLAT) -> dict:
-    params: dict = {}
-    for group, name, leaf in import_params(folder, layout):
-        params.setdefault(group, {})[name] = leaf
-    return params
-
-
-def our_logits(params: dict, arch: Arch, tokens_BxT: np.ndarray, segment_ids_BxT: np.ndarray | None = None) -> np.ndarray:
-    run = jax.jit(lambda params, tokens, segments: logits(params, tokens, arch, segments), compiler_options=FAST_COMPILE)
-    return np.asarray(run(params, tokens_BxT, segment_ids_BxT))

@@ -22,7 +22,8 @@ from elastic_jax.hf.hub import resolve
 from elastic_jax.hf.importing import import_checkpoint
 from elastic_jax.model.params import leaves, param_table
 from elastic_jax.nest.slice import slice_params
-from tests.hf.oracle import TOKENS_2x37, assert_close, load_model, load_params, make_model, our_logits, torch_logits
+from tests.hf.oracle import load_model, make_model, torch_logits
+from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,8 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.decoder import logits
 from elastic_jax.model.params import leaves, map_table, param_table
 from elastic_jax.nest.slice import slice_params
-from tests.hf.oracle import TOKENS_2x37, assert_close, load_model, load_params, make_model, our_logits, torch_logits
+from tests.hf.oracle import load_model, make_model, torch_logits
+from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
 from tests.tiny import GROUPED_MOE, HYBRID, LLAMA, QWEN_MOE
 
 SLICES = {

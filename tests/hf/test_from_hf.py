@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from elastic_jax.api import open_checkpoint
-from tests.hf.oracle import CASES, LLAMA, assert_close, load_model, make_model, torch_logits
+from tests.hf.oracle import CASES, LLAMA, load_model, make_model, torch_logits
+from tests.hf.ours import assert_close
 
 ROOT = Path(__file__).parents[2]
 

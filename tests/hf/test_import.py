@@ -14,7 +14,8 @@ import torch
 
 from elastic_jax.errors import UserError
 from elastic_jax.hf.folder import read_arch
-from tests.hf.oracle import CASES, TOKENS_2x37, assert_close, load_params, make_model, our_logits, torch_logits
+from tests.hf.oracle import CASES, make_model, torch_logits
+from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
 
 
 @pytest.mark.parametrize('case', CASES)
