@@ -141,7 +141,7 @@ def make_batch(tokens: np.ndarray, document: np.ndarray, place: np.ndarray, rows
     numbered from 1 and positions from 0 in every row, as a row cannot see the one before.
     """
     same = document[1:] == document[:-1]
-    shape = (rows, len(tokens) // rows)
+    shape = (rows, (len(tokens) - 1) // rows)
     first_of_row = document[:-1].reshape(shape)[:, :1]
     segment_ids = (document[:-1].reshape(shape) - first_of_row + 1).astype(np.int32)
     columns = np.arange(shape[1], dtype=np.int32)

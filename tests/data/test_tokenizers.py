@@ -1,0 +1,59 @@
+"""Tokenizers round-trip text and account for its bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from elastic_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def bpe_folder(tmp_path_factory):
+    """A small byte-level BPE, trained on the spot."""
+    folder = tmp_path_factory.mktemp('bpe')
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=['<end>'], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(['def function(argument): return argument * 2 # größe'] * 50, trainer)
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>'}))
+    return folder
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths()[tokenizer.eos_id] == 0
+
+
+@pytest.mark.parametrize('text', ['def f(x): return x', 'größe → 日本語 🙂', '  indented\n\ttabs'])
+def test_a_hugging_face_tokenizer_round_trips_and_its_tokens_bytes_add_up(bpe_folder, text):
+    tokenizer = load_tokenizer(str(bpe_folder))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode(text.encode()).tolist() == ids.tolist()
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert len(ids) < len(text.encode()) or 'def' not in text
+    assert tokenizer.byte_lengths()[tokenizer.eos_id] == 0 and tokenizer.vocab_size == len(tokenizer.byte_lengths())
+    assert load_tokenizer(tokenizer.spec).eos_id == tokenizer.eos_id
+    assert ids.dtype == np.int32
+
+
+def test_what_is_no_tokenizer_is_said(tmp_path, bpe_folder):
+    with pytest.raises(UserError, match=r'has no tokenizer\.json'):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / 'tokenizer.json').write_text('{}')
+    with pytest.raises(UserError, match='cannot be read as a tokenizer'):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / 'tokenizer.json').write_text((bpe_folder / 'tokenizer.json').read_text())
+    with pytest.raises(UserError, match='names no end-of-text token'):
+        load_tokenizer(str(tmp_path))
