@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,21 +104,45 @@ def _best_step(
     bound: Point,
     share_of: Callable[[Point], float],
 ) -> tuple[Point, float] | None:
-    """The step of one row by one choice that comes nearer to the target and loses least log-probability for its change."""
-    best, best_price = None, np.inf
+    """The change that comes nearer to the target and loses least log-probability for the cost it changes.
+
+    One row moves by one choice; where no such move comes nearer, one row moves that way and another the other way.
+    """
     direction = 1 if share > target else -1
+    moves = list(_moves(point, grid, bound, direction))
+    best = _cheapest(point, share, target, moves, log_p, share_of)
+    if best is None:
+        pairs = [(*one, *two) for one in moves for two in _moves(point, grid, bound, -direction) if one[0][:2] != two[0][:2]]
+        best = _cheapest(point, share, target, pairs, log_p, share_of)
+    return best
+
+
+Move = tuple[tuple[str, int, int], ...]  # (axis, row, new choice) of every row that moves
+
+
+def _moves(point: Point, grid: Grid, bound: Point, direction: int) -> Iterator[Move]:
     for choices in grid:
         for row, index in enumerate(point[choices.axis]):
-            moved = index + direction
-            if not bound[choices.axis][row] <= moved < len(choices.widths):
-                continue
-            indices = point[choices.axis]
-            candidate = {**point, choices.axis: (*indices[:row], moved, *indices[row + 1 :])}
-            new_share = share_of(candidate)
-            if abs(new_share - target) >= abs(share - target):
-                continue
-            lost = log_p[choices.axis][row, index] - log_p[choices.axis][row, moved]
-            price = lost / abs(new_share - share)
-            if price < best_price:
-                best, best_price = (candidate, new_share), price
+            if bound[choices.axis][row] <= index + direction < len(choices.widths):
+                yield ((choices.axis, row, index + direction),)
+
+
+def _cheapest(
+    point: Point,
+    share: float,
+    target: float,
+    moves: Sequence[Move],
+    log_p: dict[str, np.ndarray],
+    share_of: Callable[[Point], float],
+) -> tuple[Point, float] | None:
+    best, best_price = None, np.inf
+    for move in moves:
+        candidate, lost = dict(point), 0.0
+        for axis, row, choice in move:
+            indices = candidate[axis]
+            candidate[axis] = (*indices[:row], choice, *indices[row + 1 :])
+            lost += log_p[axis][row, indices[row]] - log_p[axis][row, choice]
+        new_share = share_of(candidate)
+        if abs(new_share - target) < abs(share - target) and lost / abs(new_share - share) < best_price:
+            best, best_price = (candidate, new_share), lost / abs(new_share - share)
     return best
