@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +49,16 @@ def test_published_shapes_have_their_published_counts(widths, published):
 
 @every_family
 def test_counts_and_bytes_are_those_of_initialised_parameters(arch):
-    params = jax.jit(lambda key: init_params(key, arch, dtype=jnp.bfloat16))(jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(key, arch, dtype=jnp.bfloat16), jax.random.key(0))
     leaves = jax.tree.leaves(params)
     assert cost.parameters(arch) == sum(leaf.size for leaf in leaves)
-    assert cost.weight_bytes(arch) == sum(leaf.nbytes for leaf in leaves)
+    assert cost.weight_bytes(arch) == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert cost.weight_bytes(arch, 4.0) == sum(4 * leaf.size for leaf in leaves)
     # One token uses the parameters of top_k single experts instead of all of them.
     unused = 0
     for i, mixer in enumerate(arch.mixers):
         if isinstance(mixer, MoE):
-            one = sum(leaf[0, 0].size for name, leaf in params[layer_name(i)].items() if name.startswith('expert_'))
+            one = sum(math.prod(leaf.shape[2:]) for name, leaf in params[layer_name(i)].items() if name.startswith('expert_'))
             unused += (mixer.experts - mixer.top_k) * one
     assert cost.active_parameters(arch) == cost.parameters(arch) - unused
 
@@ -126,8 +127,11 @@ def test_keep_weighs_blocks_as_dropping_them_does():
         assert halves == pytest.approx((measure(ranked) + measure(dataclasses.replace(ranked, mixers=(None,) * 5))) / 2, rel=1e-9)
 
 
-@pytest.mark.parametrize('arch', [*ONE_MIXER.values(), *FAMILIES.values()], ids=[*ONE_MIXER, *FAMILIES])
-@pytest.mark.parametrize('length', [32, 13])
+# 13 is no multiple of a chunk.
+FORWARD = [(arch, length) for arch in ONE_MIXER.values() for length in (32, 13)] + [(arch, 13) for arch in FAMILIES.values()]
+
+
+@pytest.mark.parametrize(('arch', 'length'), FORWARD, ids=lambda value: value if isinstance(value, int) else value.pattern)
 def test_forward_flops_are_the_compiled_programs_matmuls(arch, length):
     batch = 2
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
@@ -138,8 +142,8 @@ def test_forward_flops_are_the_compiled_programs_matmuls(arch, length):
 
 @pytest.mark.parametrize(
     ('arch', 'remat', 'teacher'),
-    [(HYBRID, True, True), (HYBRID, False, False), (LLAMA, True, True), (QWEN_MOE, False, True)],
-    ids=['hybrid-remat', 'hybrid-no-teacher', 'llama-remat', 'qwen_moe'],
+    [(HYBRID, True, True), (LLAMA, True, False), (QWEN_MOE, False, True)],
+    ids=['hybrid-remat', 'llama-no-teacher', 'qwen_moe'],
 )
 def test_training_flops_are_the_compiled_steps_matmuls(arch, remat, teacher):
     batch, length = 2, 16

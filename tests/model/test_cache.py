@@ -21,7 +21,7 @@ def run(params, tokens, cache, valid, arch):
     return cached_logits(params, tokens, arch, cache, valid)
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', ['hybrid', 'llama', 'qwen_moe', 'options'])
 def test_chunks_and_steps_give_the_logits_of_a_full_pass(name):
     arch = FAMILIES[name]
     params, tokens = numpy_params(arch), np.random.default_rng(1).integers(0, arch.vocab, (2, TOTAL))
