@@ -44,16 +44,17 @@ def get_config(arg: str = '') -> ConfigDict:
     config.optimizer.update({'lr': 1e-3, 'final_lr': 1e-4, 'warmup': 20})
     config.curriculum = ('pretrain', 'search', 'short', 'long')
     config.stages.pretrain = stage(
-        'pretrain', 1000, 256, 8, balance_rate=1e-3, optimizer={'lr': 4e-3, 'final_lr': 2e-4, 'warmup': 50}
+        'pretrain', 800, 256, 8, balance_rate=1e-3, optimizer={'lr': 4e-3, 'final_lr': 2e-4, 'warmup': 50}
     )
     config.stages.search = stage('search', 100, 256, 8, per_step=1)
-    config.stages.short = stage('elastic', 250, 256, 8)
-    config.stages.long = stage('elastic', 60, 1024, 2, probabilities={'full': 0.5, 'mid': 0.3, 'small': 0.2})
+    config.stages.short = stage('elastic', 200, 256, 8)
+    config.stages.long = stage('elastic', 40, 1024, 2, probabilities={'full': 0.5, 'mid': 0.3, 'small': 0.2})
     config.calibrate.update({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 0})
     config.eval.update({'batches': 12, 'batch_size': 8, 'context': 256})
     config.samples.prompts = ('def read(self, ', 'import os\n')
     config.checkpoint.update({'every': 150, 'keep': 2})
     if arg == 'smoke':
+        config.arch.pattern = 'ME*-'
         config.stages.pretrain.steps = 60
         config.stages.search.steps = 10
         config.stages.short.steps = 10
