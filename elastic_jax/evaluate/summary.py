@@ -12,6 +12,7 @@ from elastic_jax.model.params import layer_name, param_table
 
 Score = Mapping[str, float]
 Row = dict[str, Any]
+TABLE_HEAD = ('budget', 'parameters', 'of parent', 'active', 'bf16', 'FLOPs/token', 'bits/byte', 'before', 'gap closed')
 
 
 def summary_rows(
@@ -70,9 +71,8 @@ def gap_closed(before: float, after: float, parent: float) -> float | None:
 
 def format_table(rows: Sequence[Row], parent: Row) -> str:
     """The table for a terminal, and below it the widths of every budget as `--widths` takes them."""
-    header = ('budget', 'parameters', '', 'active', 'bf16', 'FLOPs/token', 'bits/byte', 'before', 'gap closed')
-    lines = [header, *(table_cells(row, parent) for row in [*rows, parent])]
-    sizes = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines = [TABLE_HEAD, *(table_cells(row, parent) for row in [*rows, parent])]
+    sizes = [max(len(line[column]) for line in lines) for column in range(len(TABLE_HEAD))]
     aligned = []
     for line in lines:
         first, *rest = (cell.rjust(size) for cell, size in zip(line, sizes, strict=True))

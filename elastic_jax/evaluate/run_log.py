@@ -1,0 +1,114 @@
+"""What a run has written so far, read back for the report: its config and its metrics, sorted by kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from elastic_jax.errors import UserError
+from elastic_jax.metrics import read_metrics
+
+Line = dict[str, Any]
+PROSE = ('text', 'prompt', 'note', 'name', 'stage', 'budget')
+NON_FINITE = ('nan', 'inf', '-inf')
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpan:
+    """One stage of the config: global steps (start, end], its kind, tokens per sequence and sequences per batch."""
+
+    name: str
+    kind: str
+    start: int
+    end: int
+    context: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLog:
+    """A run read from its workdir. `lines` holds the metrics by kind, in order."""
+
+    name: str
+    config: Mapping[str, Any]
+    stages: tuple[StageSpan, ...]
+    lines: Mapping[str, Sequence[Line]]
+
+    def of(self, kind: str) -> Sequence[Line]:
+        return self.lines.get(kind, ())
+
+    @property
+    def final(self) -> Line | None:
+        """The last stage's result, once there is one."""
+        return self.of('final')[-1] if self.of('final') else None
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """Names of the budgets, largest first."""
+        if self.final:
+            return tuple(row['name'] for row in self.final['rows'])
+        if self.of('frozen'):
+            return tuple(self.of('frozen')[-1]['budgets'])
+        budgets = self.config.get('budgets', {})
+        return tuple(sorted(budgets, key=lambda name: -float(budgets[name])))
+
+    @property
+    def step(self) -> int:
+        """The last logged step."""
+        return max((line['step'] for line in self.of('train')), default=0)
+
+    @property
+    def steps(self) -> int:
+        return self.stages[-1].end if self.stages else 0
+
+    @property
+    def current_stage(self) -> StageSpan | None:
+        """The stage of the next step; none once all are done."""
+        return next((stage for stage in self.stages if self.step < stage.end), None)
+
+
+def read_run(workdir: epath.PathLike) -> RunLog:
+    """Reads a workdir, also of a run in progress. Raises UserError when it holds no run or cannot be read."""
+    workdir = epath.Path(workdir)
+    try:
+        if not (workdir / 'config.json').exists():
+            raise UserError(f'{workdir} holds no run (there is no config.json); give the --workdir of elastic train')
+        config = json.loads((workdir / 'config.json').read_text())
+        lines: dict[str, list[Line]] = {}
+        for line in read_metrics(workdir):
+            if not isinstance(line, dict) or not isinstance(line.get('kind'), str) or not isinstance(line.get('step'), int):
+                raise UserError(f'{workdir} has metrics that are not of this program: {str(line)[:80]!r} has no kind and step')
+            lines.setdefault(line['kind'], []).append(_numbers(line))
+    except UnicodeDecodeError as error:
+        raise UserError(f'{workdir} has a config or metrics that are not text ({error}); restore the files') from error
+    except json.JSONDecodeError as error:
+        raise UserError(f'{workdir}/config.json is not JSON ({error}); restore it') from error
+    except OSError as error:
+        raise UserError(f'cannot read {workdir}: {error}; check the path and its permissions') from error
+    try:
+        return RunLog(str(config.get('name', workdir.name)), config, _stages(config), lines)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{workdir}/config.json is not the config of a training run ({error!r}); restore it') from error
+
+
+def _stages(config: Mapping[str, Any]) -> tuple[StageSpan, ...]:
+    spans, start = [], 0
+    for name in config['curriculum']:
+        own = config['stages'][name]
+        end = start + own['steps']
+        spans.append(StageSpan(name, own['kind'], start, end, own['context'], own['batch_size']))
+        start = end
+    return tuple(spans)
+
+
+def _numbers(value: Any, key: str = '') -> Any:
+    """Non-finite numbers, which JSON cannot hold and metrics.py writes as strings, as floats again."""
+    if isinstance(value, dict):
+        return {name: _numbers(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item, key) for item in value]
+    return float(value) if isinstance(value, str) and value in NON_FINITE and key not in PROSE else value
