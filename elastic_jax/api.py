@@ -221,7 +221,7 @@ class Checkpoint:
         config = default_data_config()
         own = self.path.parent.parent / 'config.json'
         if data is not None:
-            config.update({'source': 'files', 'path': data, 'heldout_fraction': 1.0})
+            config.update({'path': data, 'heldout_fraction': 1.0})
         elif own.exists():
             config = ConfigDict(json.loads(own.read_text())['data'])
         else:

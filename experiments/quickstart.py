@@ -40,7 +40,6 @@ def get_config(arg: str = '') -> ConfigDict:
             'shared_width': (1.0, 0.5),
         }
     )
-    config.per_layer = ('mlp',)
     config.optimizer.update({'lr': 1e-3, 'final_lr': 1e-4, 'warmup': 20})
     config.curriculum = ('pretrain', 'search', 'short', 'long')
     config.stages.pretrain = stage(

@@ -30,8 +30,7 @@ def default_data_config() -> ConfigDict:
     """The keys of `config.data`."""
     return ConfigDict(
         {
-            'source': 'stdlib',  # or 'files'
-            'path': '',  # with 'files': a text or JSONL file, a folder, or a glob pattern
+            'path': '',  # a text or JSONL file, a folder, or a glob pattern; empty: the standard library's source
             'field': 'text',  # of a JSONL line
             'tokenizer': 'bytes',  # or a folder with tokenizer.json
             'heldout_fraction': 0.05,  # of the documents, chosen by their content
@@ -70,7 +69,7 @@ def _load_store(config_json: str, split: str) -> TokenStore:
     config = ConfigDict(json.loads(config_json))
     tokenizer = load_tokenizer(config.tokenizer)
     digest, pieces = hashlib.sha256(config_json.encode() + split.encode()), []
-    for document in documents(config.source, config.path, config.field, config.max_bad_lines):
+    for document in documents(config.path, config.field, config.max_bad_lines):
         if is_heldout(document.content, config.heldout_fraction) == (split == 'heldout'):
             digest.update(document.name.encode() + hashlib.sha256(document.content).digest())
             pieces.append(np.append(tokenizer.encode(document.content), np.int32(tokenizer.eos_id)))

@@ -23,22 +23,17 @@ class Document(NamedTuple):
     content: bytes
 
 
-def documents(source: str, path: str, field: str, max_bad_lines: int) -> Iterator[Document]:
+def documents(path: str, field: str, max_bad_lines: int) -> Iterator[Document]:
     """Every document of a corpus, in a fixed order.
 
     Args:
-      source: 'stdlib' for the Python standard library's own source, or 'files' for `path`.
-      path: a text or JSONL file, a folder of them, or a glob pattern; any path that epath can open.
+      path: a text or JSONL file, a folder of them, or a glob pattern, at any path that epath can open; empty for the Python
+        standard library's own source.
       field: the field of a JSONL line that holds the text.
       max_bad_lines: how many damaged JSONL lines are passed over before that is an error.
     Raises: UserError naming the path (and line) when there is nothing to read.
     """
-    if source == 'stdlib':
-        yield from _stdlib()
-    elif source == 'files':
-        yield from _files(path, field, max_bad_lines)
-    else:
-        raise UserError(f'unknown data.source {source!r}; known: stdlib, files')
+    yield from _files(path, field, max_bad_lines) if path else _stdlib()
 
 
 def _stdlib() -> Iterator[Document]:
@@ -56,8 +51,6 @@ def _stdlib() -> Iterator[Document]:
 
 
 def _files(pattern: str, field: str, max_bad_lines: int) -> Iterator[Document]:
-    if not pattern:
-        raise UserError('data.source is files, but data.path is empty; give a file, a folder or a glob pattern')
     paths = list(_expand(pattern))
     if not paths:
         raise UserError(f'data.path {pattern} matches no file; give an existing text or JSONL file, a folder, or a glob pattern')

@@ -148,7 +148,7 @@ def test_text_files_are_found_by_folder_and_pattern(tmp_path):
     for i in range(40):
         (tmp_path / f'{i}.txt').write_text(f'document {i}')
     config = default_data_config()
-    config.update({'source': 'files', 'heldout_fraction': 0.3})
+    config.heldout_fraction = 0.3
     for path in (tmp_path, tmp_path / '*.txt'):
         config.path = str(path)
         documents = load_store(config, 'train').documents + load_store(config, 'heldout').documents

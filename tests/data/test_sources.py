@@ -9,7 +9,7 @@ from elastic_jax.errors import UserError
 
 
 def test_the_standard_library_comes_as_bytes_without_tests_or_installed_packages():
-    found = list(documents('stdlib', '', 'text', 0))
+    found = list(documents('', 'text', 0))
     names = {document.name for document in found}
     assert {'argparse.py', 'json/decoder.py', 'os.py'} <= names
     for name in names:
@@ -24,30 +24,23 @@ def test_jsonl_lines_are_documents_and_damaged_ones_are_named(tmp_path):
         '\n'.join([json.dumps({'body': 'one'}), '', json.dumps({'body': 'zwei ü'}), '{"body": 3}', '{broken', '{"x": 1}'])
     )
     with pytest.raises(UserError, match=r'a\.jsonl:4 cannot be read .*max_bad_lines=0'):
-        list(documents('files', str(path), 'body', 0))
+        list(documents(str(path), 'body', 0))
     with pytest.raises(UserError, match=r"a\.jsonl:6 has no field 'body'; 3 damaged"):
-        list(documents('files', str(path), 'body', 2))
-    good = list(documents('files', str(path), 'body', 3))
+        list(documents(str(path), 'body', 2))
+    good = list(documents(str(path), 'body', 3))
     assert [document.content.decode() for document in good] == ['one', 'zwei ü']
     assert good[1].name.endswith('a.jsonl:3')
 
 
-@pytest.mark.parametrize(
-    ('source', 'make', 'message'),
-    [
-        ('files', None, 'cannot be read'),
-        ('files', b'  \n', 'has no text'),
-        ('web', b'x', "unknown data.source 'web'"),
-    ],
-)
-def test_an_empty_or_unreadable_corpus_is_one_sentence(tmp_path, source, make, message):
+@pytest.mark.parametrize(('make', 'message'), [(None, 'cannot be read'), (b'  \n', 'has no text')])
+def test_an_empty_or_unreadable_corpus_is_one_sentence(tmp_path, make, message):
     path = tmp_path / 'corpus.txt'
     if make is not None:
         path.write_bytes(make)
     with pytest.raises(UserError, match=message):
-        list(documents(source, str(path), 'text', 0))
+        list(documents(str(path), 'text', 0))
     with pytest.raises(UserError, match='matches no file'):
-        list(documents('files', str(tmp_path / '*.nothing'), 'text', 0))
+        list(documents(str(tmp_path / '*.nothing'), 'text', 0))
 
 
 def test_the_split_depends_on_content_alone():
