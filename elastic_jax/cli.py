@@ -299,15 +299,34 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
+    from elastic_jax.infer.budget_control import think_then_answer
     from elastic_jax.infer.sampling import Sampling
 
     checkpoint = open_checkpoint(arguments.checkpoint)
     sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     if bool(arguments.think) != bool(arguments.answer):
         raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
-    model = checkpoint.load(arguments.budget or checkpoint.largest)
-    text = model.generate(arguments.prompt, max_tokens=arguments.max_tokens, sampling=sampling, seed=arguments.seed)
-    print(json.dumps({'prompt': arguments.prompt, 'text': text}) if arguments.json else text)
+    result = {'prompt': arguments.prompt}
+    if arguments.think:
+        if arguments.budget:
+            raise UserError('--budget names one size for everything; with --think and --answer leave it out')
+        sizes = {name: checkpoint.load(name) for name in {arguments.think, arguments.answer}}
+        thought = think_then_answer(
+            sizes[arguments.think].generate,
+            sizes[arguments.answer].generate,
+            arguments.prompt,
+            arguments.thinking_tokens,
+            arguments.max_tokens,
+            sampling=sampling,
+            seed=arguments.seed,
+        )
+        result |= {'thinking': thought.thinking, 'text': thought.answer}
+        shown = f'<think>{thought.thinking}</think>{thought.answer}'
+    else:
+        model = checkpoint.load(arguments.budget or checkpoint.largest)
+        shown = model.generate(arguments.prompt, max_tokens=arguments.max_tokens, sampling=sampling, seed=arguments.seed)
+        result['text'] = shown
+    print(json.dumps(result) if arguments.json else shown)
     return 0
 
 

@@ -78,6 +78,19 @@ def test_generate_is_deterministic_and_differs_between_seeds(capsys, finished_ru
     assert run(capsys, *common[:-1])[0] == 0
 
 
+def test_one_size_thinks_and_another_answers(capsys, finished_run):
+
+    common = ('generate', '--checkpoint', finished_run, '--prompt', 'x = ', '--max-tokens', 8)
+    status, out, _ = run(capsys, *common, '--think', 'small', '--answer', 'full', '--thinking-tokens', 5, '--json')
+    result, checkpoint = json.loads(out), elastic_jax.open_checkpoint(finished_run)
+    assert status == 0
+    assert result['thinking'] == checkpoint.load('small').generate('x = <think>', max_tokens=5)
+    expected = checkpoint.load('full').generate(f'x = <think>{result["thinking"]}</think>', max_tokens=8)
+    assert result['text'] == expected
+    status, _, err = run(capsys, *common, '--think', 'small')
+    assert status == 2 and '--think and --answer go together' in err
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [

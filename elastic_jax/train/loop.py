@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch
 from elastic_jax.cost import cost_of
-from elastic_jax.data.pipeline import BatchIterator, make_iterator
+from elastic_jax.data.pipeline import BatchIterator, load_store, make_iterator
 from elastic_jax.errors import WorkError
 from elastic_jax.metrics import MetricsWriter
 from elastic_jax.nest.freeze import freeze
@@ -66,6 +66,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     after SIGTERM, when everything is saved.
     """
     plan = make_plan(config)
+    for split in ('train', 'heldout'):
+        load_store(config.data, split)  # a corpus that cannot be read is said before anything is written
     workdir = epath.Path(workdir)
     claim_workdir(workdir, config)
     if config.compilation_cache:

@@ -28,15 +28,23 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
             for key in sorted(found.keys() | wanted.keys())
             if found.get(key) != wanted.get(key) and key.split('.')[0] not in FREE
         ]
-        if differ:
+        if differ and not _has_checkpoints(workdir):
+            # Nothing was trained under the old config, which may be the mistake that is being mended.
+            path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+        elif differ:
             shown = ', '.join(f'{key}: {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differ[:5])
             more = f' and {len(differ) - 5} more' if len(differ) > 5 else ''
             raise UserError(f'{workdir} holds another experiment ({shown}{more}); take another --workdir or the same config')
         return
-    if (workdir / 'checkpoints').exists():
+    if _has_checkpoints(workdir):
         raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def _has_checkpoints(workdir: epath.Path) -> bool:
+    root = workdir / 'checkpoints'
+    return root.exists() and any(entry.name.isdigit() for entry in root.iterdir())
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

@@ -150,3 +150,16 @@ def test_bad_configs_are_one_sentence_before_anything_starts(tmp_path, change, m
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'checkpoints').exists() or not any((tmp_path / 'run' / 'checkpoints').iterdir())
+
+
+def test_a_config_can_be_mended_while_nothing_is_trained_under_it(tmp_path):
+    from elastic_jax.train.workdir import claim_workdir
+
+    claim_workdir(tmp_path, get_config())
+    mended = get_config()
+    mended.optimizer.lr = 0.5
+    claim_workdir(tmp_path, mended)
+    assert json.loads((tmp_path / 'config.json').read_text())['optimizer']['lr'] == 0.5
+    (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+    with pytest.raises(UserError, match='holds another experiment'):
+        claim_workdir(tmp_path, get_config())
