@@ -112,7 +112,8 @@ def _draw(panel: Any, rows: Sequence[Row], parent: Row, colours: dict[str, str],
                 size, row[BEFORE], 'o', color=colour, markersize=11, markerfacecolor='white', markeredgewidth=2.4, zorder=4
             )
             text = f'{row[BEFORE]:.2f}  only sliced'
-            panel.annotate(text, (size, row[BEFORE]), xytext=(12, 0), va='center', **near | {'color': SOFT, 'fontsize': 11})
+            own = near | {'color': SOFT, 'fontsize': 11, 'bbox': {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1.5}}
+            panel.annotate(text, (size, row[BEFORE]), xytext=(12, 0), va='center', **own)
         panel.plot(size, score, 'o', color=colour, markersize=14, markeredgecolor='white', markeredgewidth=1.6, zorder=5)
         below = score < parent[SCORE]
         if named:
