@@ -8,7 +8,7 @@ router, and the budgets distilled together; every one of them then exports to a 
   elastic slice  --checkpoint runs/elastic --budget small --format hf --out out/small
 
 Costs: about (budgets + 1) forward and backward passes of the parent per token; a real parent needs an accelerator, and data of
-its own (--config.data.source=files --config.data.path='texts/*.jsonl'). `:DIR,smoke` is the same job in a minute on a tiny
+its own (--config.data.path='texts/*.jsonl'). `:DIR,smoke` is the same job in a minute on a tiny
 random parent. Expected: `full` stays within 1 % of the parent, `small` starts far above it and most of the gap closes.
 """
 
