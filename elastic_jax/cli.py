@@ -185,7 +185,8 @@ def _json(parser: argparse.ArgumentParser) -> None:
 def _train(argv: list[str]) -> int:
     from absl import logging
 
-    from elastic_jax.train.loop import Stopped, train
+    from elastic_jax.train.loop import train
+    from elastic_jax.train.signals import Stopped
 
     logging.set_verbosity(logging.ERROR)  # Orbax reports every array it writes
 

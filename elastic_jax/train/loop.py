@@ -8,7 +8,6 @@ step before. A checkpoint of step N holds all that step N needs, so a killed run
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,6 @@ from ml_collections import ConfigDict
 from elastic_jax.arch import Arch
 from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import BatchIterator, load_store, make_iterator
-from elastic_jax.errors import WorkError
 from elastic_jax.metrics import MetricsWriter
 from elastic_jax.nest.freeze import freeze
 from elastic_jax.nest.ordering import Ordering
@@ -33,14 +31,12 @@ from elastic_jax.train.curriculum import Stage, draw_budgets, loss_weights
 from elastic_jax.train.finish import Evaluator, finish
 from elastic_jax.train.persist import Snapshot
 from elastic_jax.train.progress import RunProgress
+from elastic_jax.train.reporting import StepReport
 from elastic_jax.train.setup import Plan, hand_archs, make_plan
+from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
 from elastic_jax.train.step import make_elastic_step, make_pretrain_step, make_search_step
 from elastic_jax.train.workdir import claim_workdir
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT), and has saved."""
 
 
 @dataclasses.dataclass
@@ -83,7 +79,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             run = Run(plan, workdir, store, writer, progress, evaluator, at, latest)
             if restored:
                 progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
-            with _stop_on_signal(run):
+            with StopOnSignal(run):
                 _run_stages(run)
             store.wait()
             finish(workdir, progress.say)
@@ -222,7 +218,7 @@ def _run_stage(run: Run, stage: Stage) -> None:
         run.at = dataclasses.replace(at, step=at.step + 1, stage_step=at.stage_step + 1, state=state)
         if pending is not None:
             pending()
-        pending = _Report(run, stage, run.at.step, run.at.stage_step, metrics, waited)
+        pending = StepReport(run, stage, run.at.step, run.at.stage_step, metrics, waited)
     if pending is not None:
         pending()
     run.at = dataclasses.replace(run.at, data=None)
@@ -266,93 +262,3 @@ def _step_function(run: Run, stage: Stage) -> Step:
         return programs[drawn](state, teacher, device_batch(batch))
 
     return elastic_step
-
-
-@dataclasses.dataclass
-class _Report:
-    """Writes one step's metrics; called after the next step is dispatched, so that nothing waits for the device."""
-
-    run: Run
-    stage: Stage
-    step: int
-    stage_step: int
-    metrics: dict[str, jax.Array]
-    waited: float
-    begun: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def __call__(self) -> None:
-        run, plan = self.run, self.run.plan
-        values = jax.device_get(self.metrics)
-        took = time.perf_counter() - self.begun
-        if values['bad_run'] >= plan.config.max_bad_steps:
-            run.store.wait()
-            raise WorkError(
-                f'{int(values["bad_run"])} steps in a row had a non-finite loss or gradient, the last at step {self.step}; the '
-                f'checkpoint of step {run.store.latest()} is intact: lower the learning rate or look at the data, then rerun'
-            )
-        tokens = self.stage.batch_size * self.stage.context
-        losses = {'loss': float(values['loss'])}
-        if self.stage.kind == 'search':
-            drawn = draw_budgets(self.stage, plan.budgets, self.stage_step - 1, plan.config.seed)
-            losses |= dict(zip((plan.budgets[n] for n in drawn), values['loss/drawn'].tolist(), strict=True))
-        else:
-            losses |= {name.removeprefix('loss/'): float(v) for name, v in values.items() if name.startswith('loss/')}
-        speed = tokens / max(took, 1e-9)
-        shown = {name: loss for name, loss in losses.items() if name != 'loss'} or losses
-        run.progress.update(
-            self.stage.name, self.stage_step, self.stage.steps, shown, speed, took if self.stage_step > 2 else 0.0
-        )
-        if self.step % plan.config.log_every and self.stage_step != self.stage.steps:
-            return
-        named = {name if name == 'loss' else f'loss/{name}': loss for name, loss in losses.items()}
-        run.writer.write(
-            'train',
-            self.step,
-            stage=self.stage.name,
-            stage_step=self.stage_step,
-            **named,
-            grad_norm=float(values['grad_norm']),
-            skipped=int(values['skipped']),
-            tokens_per_second=speed,
-            seconds=took,
-            data_seconds=self.waited,
-        )
-        _write_details(run, self.stage, self.step, values)
-
-
-def _write_details(run: Run, stage: Stage, step: int, values: dict[str, np.ndarray]) -> None:
-    """Router probabilities and expert loads, as lines of their own."""
-    tree: dict[str, dict[str, Any]] = {'router': {}, 'expert_load': {}}
-    shares = {}
-    for key, value in values.items():
-        kind, _, rest = key.partition('/')
-        if kind in tree:
-            budget, _, name = rest.partition('/')
-            tree[kind].setdefault(budget, {})[name] = value
-        elif kind == 'share':
-            shares[rest] = value
-    if tree['router']:
-        choices = {axis.axis: axis.widths for axis in run.plan.grid}
-        run.writer.write('router', step, stage=stage.name, probabilities=tree['router'], share=shares, choices=choices)
-    if tree['expert_load']:
-        run.writer.write('experts', step, load=tree['expert_load'])
-
-
-class _stop_on_signal:
-    """While open, SIGTERM and SIGINT ask the run to save and stop; a second one stops at once."""
-
-    def __init__(self, run: Run):
-        self.run, self.old = run, {}
-
-    def __enter__(self) -> None:
-        def ask(number: int, frame: Any) -> None:
-            if self.run.stop_requested:
-                raise KeyboardInterrupt
-            self.run.stop_requested = True
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.old[number] = signal.signal(number, ask)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -12,7 +12,9 @@ from elastic_jax.errors import UserError, WorkError
 from elastic_jax.metrics import read_metrics
 from elastic_jax.nest.budgets import metric
 from elastic_jax.nest.slice import slice_params
-from elastic_jax.train.loop import Stopped, train
+from elastic_jax.train.loop import train
+from elastic_jax.train.reporting import StepReport
+from elastic_jax.train.signals import Stopped
 from tests.train.tiny_experiment import get_config
 
 
@@ -95,10 +97,8 @@ def test_widths_by_hand_and_sampled_budgets(tmp_path):
 
 
 def test_stop_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    from elastic_jax.train import loop
-
     steps = []
-    write = loop._Report.__call__
+    write = StepReport.__call__
 
     def stop_at_ten(report):
         write(report)
@@ -106,7 +106,7 @@ def test_stop_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
         if report.step == 10:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Report, '__call__', stop_at_ten)
+    monkeypatch.setattr(StepReport, '__call__', stop_at_ten)
     with pytest.raises(Stopped, match='run the same command'):
         train(get_config('by_hand'), tmp_path)
     stopped_at = read_manifest(tmp_path).step
