@@ -40,12 +40,12 @@ def get_config(arg: str = '') -> ConfigDict:
             'shared_width': (1.0, 0.5),
         }
     )
-    config.optimizer.update({'lr': 1e-3, 'final_lr': 1e-4, 'warmup': 20})
+    config.optimizer.update({'lr': 7e-4, 'final_lr': 7e-5, 'warmup': 20})
     config.curriculum = ('pretrain', 'search', 'short', 'long')
     config.stages.pretrain = stage(
         'pretrain', 800, 256, 8, balance_rate=1e-3, optimizer={'lr': 4e-3, 'final_lr': 2e-4, 'warmup': 50}
     )
-    config.stages.search = stage('search', 100, 256, 8, per_step=1)
+    config.stages.search = stage('search', 100, 256, 8, per_step=1, optimizer={'lr': 3e-4})
     config.stages.short = stage('elastic', 200, 256, 8)
     config.stages.long = stage('elastic', 40, 1024, 2, probabilities={'full': 0.5, 'mid': 0.3, 'small': 0.2})
     config.calibrate.update({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 0})
