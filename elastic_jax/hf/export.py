@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from elastic_jax.model.params import Param, Table, layer_name, param_table
 LeafReader = Callable[[str, str], np.ndarray]
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
 WRITE_BYTES = 1 << 24
+READ_AHEAD = 1 << 25  # elements: a larger leaf is only read when the one before is written
 # Of a parent's config.json: code that must not run, how it was quantised, and where it came from.
 NOT_KEPT = ('auto_map', 'experts_implementation', 'quantization_config', '_name_or_path', 'torch_dtype', 'transformers_version')
 
@@ -134,7 +137,7 @@ def _write_tensors(
     specs = [(tensor, own_dtype(tensor)) for tensor in tensors]
     shards, sizes = [[]], [0]
     for tensor, tensor_dtype in specs:
-        size = int(np.prod(tensor.shape)) * tensor_dtype.itemsize
+        size = math.prod(tensor.shape) * tensor_dtype.itemsize
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append([])
             sizes.append(0)
@@ -142,13 +145,14 @@ def _write_tensors(
         sizes[-1] += size
     count = len(shards)
     names = ['model.safetensors'] if count == 1 else [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
-    read = _last_leaf(leaf_reader, table)
-    for name, shard in zip(names, shards, strict=True):
-        writer = SafetensorsWriter(folder / name, [(tensor.name, dtype, tensor.shape) for tensor, dtype in shard])
-        for tensor, tensor_dtype in shard:
-            for rows in _rows(tensor, arch, table, read, tensor_dtype):
-                writer.append(rows)
-        writer.close()
+    with ThreadPoolExecutor(1) as reading:
+        read = _read_ahead(leaf_reader, table, tensors, reading)
+        for name, shard in zip(names, shards, strict=True):
+            writer = SafetensorsWriter(folder / name, [(tensor.name, dtype, tensor.shape) for tensor, dtype in shard])
+            for tensor, tensor_dtype in shard:
+                for rows in _rows(tensor, arch, table, read, tensor_dtype):
+                    writer.append(rows)
+            writer.close()
     if count > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
         _write_json(folder / INDEX, {'metadata': {'total_size': sum(sizes)}, 'weight_map': weight_map})
@@ -158,18 +162,29 @@ def _file_dtype(param: Param, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if param.float32 else dtype
 
 
-def _last_leaf(leaf_reader: LeafReader, table: Table) -> LeafReader:
-    """The reader, keeping the leaf it read last: the tensors of one leaf's experts follow each other."""
-    last: dict[tuple[str, str], np.ndarray] = {}
+def _read_ahead(leaf_reader: LeafReader, table: Table, tensors: list[HFTensor], reading: ThreadPoolExecutor) -> LeafReader:
+    """The reader, holding the leaf it read last, as the tensors of its experts follow each other, and reading the next."""
+    pieces = [(piece.group, piece.leaf) for tensor in tensors for piece in tensor.pieces]
+    order = [leaf for i, leaf in enumerate(pieces) if i == 0 or leaf != pieces[i - 1]]
+    current: tuple[int, np.ndarray | None] = (-1, None)
+    ahead: Future[np.ndarray] | None = None
+
+    def load(group: str, name: str) -> np.ndarray:
+        leaf = np.asarray(leaf_reader(group, name))
+        if leaf.shape != table[group][name].shape:
+            raise UserError(f'{group}/{name} has shape {leaf.shape}, but the slice declares {table[group][name].shape}')
+        return leaf
 
     def read(group: str, name: str) -> np.ndarray:
-        if (group, name) not in last:
-            last.clear()
-            leaf = np.asarray(leaf_reader(group, name))
-            if leaf.shape != table[group][name].shape:
-                raise UserError(f'{group}/{name} has shape {leaf.shape}, but the slice declares {table[group][name].shape}')
-            last[group, name] = leaf
-        return last[group, name]
+        nonlocal current, ahead
+        at = current[0]
+        if at < 0 or order[at] != (group, name):
+            current = (at + 1, None)  # frees the last one
+            current = (at + 1, ahead.result() if ahead else load(group, name))
+            following = order[at + 2 : at + 3]
+            small = all(math.prod(table[group][name].shape) <= READ_AHEAD for group, name in following)
+            ahead = reading.submit(load, *following[0]) if following and small else None
+        return current[1]
 
     return read
 

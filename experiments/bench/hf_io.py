@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def main() -> None:
             result[task] = {key: round(value, 3) for key, value in measure(folder, task).items()}
             print(task, result[task], file=sys.stderr)
             shutil.rmtree(folder / 'copy', ignore_errors=True)
+        result |= {'cores': os.cpu_count(), 'load_average': os.getloadavg()[1]}  # of the last five minutes
         print(json.dumps(result, indent=1))
     finally:
         shutil.rmtree(folder)
