@@ -212,7 +212,9 @@ class Checkpoint:
         self, budget: str | None, out: str | os.PathLike[str], *, widths: Mapping[str, int] | None = None, dtype: Any = None
     ) -> Any:
         """Writes one size as a Hugging Face folder for transformers and vLLM. Returns its path."""
-        return export_checkpoint(self.path, self.arch_of(budget, widths), out, dtype=dtype and str(dtype), budget=budget)
+        return export_checkpoint(
+            self.path, self.arch_of(budget, widths), out, dtype=dtype and jnp.dtype(dtype).name, budget=budget
+        )
 
     def heldout(
         self, data: str | None = None, context: int = 256, batch_size: int = 8, batches: int | None = None

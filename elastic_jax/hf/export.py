@@ -27,12 +27,12 @@ from elastic_jax.hf.name_map import (
     expert_index,
     hf_tensors,
     piece_axes,
-    rank_order,
     tied_copy,
 )
 from elastic_jax.hf.safetensors import SafetensorsWriter
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, Table, layer_name, param_table
+from elastic_jax.nest.relayout import rank_order
 
 LeafReader = Callable[[str, str], np.ndarray]
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}

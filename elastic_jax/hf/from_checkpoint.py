@@ -13,6 +13,7 @@ from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.restore import read_manifest, step_directory
 from elastic_jax.data.tokenizers import ByteTokenizer
+from elastic_jax.errors import UserError
 from elastic_jax.hf.export import export_folder
 
 
@@ -53,7 +54,10 @@ def export_checkpoint(
 def _tokenizer_folder(checkpoint: epath.PathLike, manifest: Manifest) -> epath.Path:
     """The tokenizer kept beside the checkpoints, wherever the workdir was moved to; else where the manifest says."""
     beside = step_directory(checkpoint).parent.parent / 'tokenizer'
-    return beside if beside.exists() else epath.Path(manifest.tokenizer['folder'])
+    folder = beside if beside.exists() else epath.Path(manifest.tokenizer['folder'])
+    if not (folder / 'tokenizer.json').exists():
+        raise UserError(f'the tokenizer of {checkpoint} is no longer in {folder}; put its files into {beside}')
+    return folder
 
 
 def _facts(manifest: Manifest, budget: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from elastic_jax.errors import UserError, WorkError
 from elastic_jax.hf.folder import SIDE_FILES
 
 MODEL_ID = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
-PATTERNS = ['*.safetensors', 'model.safetensors.index.json', 'config.json', *SIDE_FILES]  # never a pickle, never code
+PATTERNS = ['model*.safetensors', 'model.safetensors.index.json', 'config.json', *SIDE_FILES]  # never a pickle, never code
 
 
 def resolve(dir_or_id: str | os.PathLike[str]) -> Path:

@@ -25,16 +25,15 @@ from elastic_jax.hf.name_map import (
     HFTensor,
     Piece,
     as_rows,
-    block_order,
     copy_tiled,
     expert_index,
     hf_tensors,
     piece_axes,
-    ranked_shape,
     sources,
 )
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, layer_name, leaves, param_table
+from elastic_jax.nest.relayout import block_order, ranked_shape
 
 READ_BYTES = 1 << 24
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from elastic_jax.arch import Arch, Mixer, MoE
 from elastic_jax.errors import UserError
-from elastic_jax.layout import Layout, to_blocked, to_ranked
+from elastic_jax.layout import Layout
 from elastic_jax.model.params import Param, Table, layer_name, leaves, param_table
 
 TILE = 256
@@ -125,28 +125,6 @@ def _is_transposed(axes: tuple[str, ...]) -> bool:
     return len(axes) > 1 and axes[0] != 'vocab' and ('embed' in (axes[0], axes[-1]) or axes[0] == 'conv')
 
 
-def ranked_shape(param: Param) -> tuple[int, ...]:
-    """The leaf's shape with the two dimensions of its blocked axis, if it has one, merged."""
-    at = _blocked_axis(param)
-    return param.shape if at is None else (*param.shape[:at], param.shape[at] * param.shape[at + 1], *param.shape[at + 2 :])
-
-
-def rank_order(leaf: np.ndarray, param: Param, mixer: Mixer | None) -> np.ndarray:
-    """The leaf with its blocked axis in rank order; routing groups stay contiguous, as Hugging Face has them."""
-    at = _blocked_axis(param)
-    if at is None:
-        return leaf
-    return leaf.reshape(ranked_shape(param)) if _routed(param, at, mixer) else to_ranked(leaf, at)
-
-
-def block_order(leaf: np.ndarray, param: Param, mixer: Mixer | None) -> np.ndarray:
-    """The inverse of `rank_order`, a view."""
-    at = _blocked_axis(param)
-    if at is None:
-        return leaf
-    return leaf.reshape(param.shape) if _routed(param, at, mixer) else to_blocked(leaf, param.shape[at], at)
-
-
 def expert_index(param: Param, mixer: MoE, expert: int) -> tuple[int, int]:
     """Where expert `expert` of the Hugging Face checkpoint lies in a leaf [G, E/G, ...]."""
     blocks, inner = param.shape[:2]
@@ -178,11 +156,3 @@ def copy_tiled(target: np.ndarray, source: np.ndarray) -> None:
     for i in range(0, target.shape[0], TILE):
         for j in range(0, target.shape[1], TILE):
             target[i : i + TILE, j : j + TILE] = source[i : i + TILE, j : j + TILE]
-
-
-def _blocked_axis(param: Param) -> int | None:
-    return next((at for at, axis in enumerate(param.axes) if axis.endswith('_blocks')), None)
-
-
-def _routed(param: Param, at: int, mixer: Mixer | None) -> bool:
-    return param.axes[at] == 'experts_blocks' and isinstance(mixer, MoE) and mixer.groups > 1

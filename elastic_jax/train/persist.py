@@ -19,6 +19,7 @@ from elastic_jax.cost import cost_of
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.model.params import abstract_params, init_params
 from elastic_jax.nest.ordering import Ordering, ordering_hash
+from elastic_jax.nest.relayout import relayout
 from elastic_jax.nest.router import init_router
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState, new_state
@@ -71,7 +72,8 @@ class Store:
         """The parent's parameters: from `config.parent.checkpoint`, else random."""
         config = self.plan.config
         if config.parent.checkpoint:
-            return restore_slice(config.parent.checkpoint, self.plan.parent, dtype=jnp.float32)  # imports may be bfloat16
+            stored = restore_slice(config.parent.checkpoint, self.plan.parent, dtype=jnp.float32)  # imports may be bfloat16
+            return relayout(stored, self.plan.parent, read_manifest(config.parent.checkpoint).layout, self.plan.layout)
         return init_params(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
 
     def save(self, at: Snapshot) -> None:

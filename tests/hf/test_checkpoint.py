@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.restore import read_manifest, restore_slice
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, WorkError
 from elastic_jax.hf.folder import read_arch
 from elastic_jax.hf.from_checkpoint import export_checkpoint
-from elastic_jax.hf.hub import resolve
+from elastic_jax.hf.hub import push, resolve
 from elastic_jax.hf.importing import import_checkpoint
 from elastic_jax.model.params import leaves, param_table
 from elastic_jax.nest.slice import slice_params
@@ -117,3 +118,15 @@ def test_what_is_neither_folder_nor_reachable_id_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(UserError, match='cannot be fetched'):
         resolve('nobody-here/no-such-model')
+    with pytest.raises(WorkError, match='is written, but uploading'):
+        push(tmp_path, 'nobody-here/no-such-model')
+
+
+def test_tokenizer_that_went_away_is_missed_not_left_out(imported, tmp_path):
+    workdir = Path(shutil.copytree(imported[1], tmp_path / 'moved'))
+    arch = read_manifest(workdir).arch
+    out = export_checkpoint(workdir, arch, tmp_path / 'out')
+    assert (out / 'tokenizer.json').exists()
+    (workdir / 'tokenizer' / 'tokenizer.json').unlink()
+    with pytest.raises(UserError, match='no longer'):
+        export_checkpoint(workdir, arch, tmp_path / 'again')

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from elastic_jax.cost import active_parameters, parameters
 from elastic_jax.errors import UserError
 from elastic_jax.hf.folder import read_arch
 from tests.hf.oracle import CASES, make_model, torch_logits
@@ -136,3 +137,43 @@ def test_bfloat16_file_is_read_without_torch(tmp_path):
     stored = model.state_dict()['model.layers.1.mlp.up_proj.weight'].float().numpy()
     assert params['layer_003']['up'].dtype == ml_dtypes.bfloat16
     assert np.array_equal(params['layer_003']['up'].reshape(32, 48).T.astype(np.float32), stored)
+
+
+def test_config_of_the_published_parent_gives_the_published_counts(tmp_path):
+    """NVIDIA-Nemotron-3-Nano-30B-A3B: 31.58B parameters, 3.58B active (method.md §1); keys as its config.json spells them."""
+    config = {
+        'model_type': 'nemotron_h',
+        'hybrid_override_pattern': 'MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME',
+        'num_hidden_layers': 52,
+        'hidden_size': 2688,
+        'vocab_size': 131072,
+        'tie_word_embeddings': False,
+        'num_attention_heads': 32,
+        'num_key_value_heads': 2,
+        'head_dim': 128,
+        'mamba_num_heads': 64,
+        'mamba_head_dim': 64,
+        'n_groups': 8,
+        'ssm_state_size': 128,
+        'conv_kernel': 4,
+        'chunk_size': 128,
+        'time_step_limit': [0.0, float('inf')],
+        'time_step_min': 0.001,
+        'intermediate_size': 1856,
+        'n_routed_experts': 128,
+        'n_shared_experts': 1,
+        'moe_intermediate_size': 1856,
+        'moe_shared_expert_intermediate_size': 3712,
+        'num_experts_per_tok': 6,
+        'routed_scaling_factor': 2.5,
+        'norm_topk_prob': True,
+        'n_group': 1,
+        'topk_group': 1,
+        'mlp_hidden_act': 'relu2',
+        'layer_norm_epsilon': 1e-5,
+    }
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    arch = read_arch(tmp_path)
+    assert f'{parameters(arch) / 1e9:.2f}B/{active_parameters(arch) / 1e9:.2f}B' == '31.58B/3.58B'
+    small = arch.narrow(embed=1920, expert_width=960)
+    assert f'{parameters(small) / 1e9:.2f}B/{active_parameters(small) / 1e9:.2f}B' == '12.43B/2.08B'
