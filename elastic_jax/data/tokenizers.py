@@ -11,6 +11,18 @@ import numpy as np
 
 from elastic_jax.errors import UserError
 
+# What a Hugging Face tokenizer's folder may hold that reading text, rendering chats and exporting need.
+TOKENIZER_FILES = (
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.json',
+    'merges.txt',
+    'tokenizer.model',
+    'chat_template.jinja',
+)
+
 
 class Tokenizer(Protocol):
     """What data, evaluation and generation need of a tokenizer."""

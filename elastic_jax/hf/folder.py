@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_jax.arch import Arch
+from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of
@@ -18,17 +19,7 @@ from elastic_jax.hf.safetensors import SafetensorsFile
 
 INDEX = 'model.safetensors.index.json'
 # What belongs to the tokenizer and to generation; copied as it is.
-SIDE_FILES = (
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'special_tokens_map.json',
-    'added_tokens.json',
-    'vocab.json',
-    'merges.txt',
-    'tokenizer.model',
-    'chat_template.jinja',
-    'generation_config.json',
-)
+SIDE_FILES = (*TOKENIZER_FILES, 'generation_config.json')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 

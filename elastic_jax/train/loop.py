@@ -36,7 +36,7 @@ from elastic_jax.train.setup import Plan, hand_archs, make_plan
 from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
 from elastic_jax.train.step import make_elastic_step, make_pretrain_step, make_search_step
-from elastic_jax.train.workdir import claim_workdir
+from elastic_jax.train.workdir import claim_workdir, keep_tokenizer
 
 
 @dataclasses.dataclass
@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         load_store(config.data, split)  # a corpus that cannot be read is said before anything is written
     workdir = epath.Path(workdir)
     claim_workdir(workdir, config)
+    keep_tokenizer(workdir, config.data.tokenizer)
     if config.compilation_cache:
         jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
     store = persist.Store(workdir, plan)

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 
 # Keys that may change between runs of one experiment, since no number of the result depends on them.
@@ -40,6 +41,16 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def keep_tokenizer(workdir: epath.Path, folder: str) -> None:
+    """Copies a Hugging Face tokenizer beside the checkpoints, which can then be moved without it; 'bytes' has no files."""
+    if folder == 'bytes':
+        return
+    (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
+    for path in epath.Path(folder).iterdir():
+        if path.name in TOKENIZER_FILES and not (workdir / 'tokenizer' / path.name).exists():
+            path.copy(workdir / 'tokenizer' / path.name)
 
 
 def _has_checkpoints(workdir: epath.Path) -> bool:

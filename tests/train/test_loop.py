@@ -163,3 +163,18 @@ def test_a_config_can_be_mended_while_nothing_is_trained_under_it(tmp_path):
     (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
     with pytest.raises(UserError, match='holds another experiment'):
         claim_workdir(tmp_path, get_config())
+
+
+def test_a_runs_tokenizer_is_kept_beside_its_checkpoints(tmp_path):
+    from etils import epath
+
+    from elastic_jax.train.workdir import keep_tokenizer
+
+    (tmp_path / 'parent').mkdir()
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'model.safetensors'):
+        (tmp_path / 'parent' / name).write_text(name)
+    keep_tokenizer(epath.Path(tmp_path / 'run'), str(tmp_path / 'parent'))
+    kept = {path.name: path.read_text() for path in (tmp_path / 'run' / 'tokenizer').iterdir()}
+    assert kept == {'tokenizer.json': 'tokenizer.json', 'tokenizer_config.json': 'tokenizer_config.json'}
+    keep_tokenizer(epath.Path(tmp_path / 'bytes'), 'bytes')
+    assert not (tmp_path / 'bytes').exists()
