@@ -1,0 +1,1 @@
+"""Held-out scores, the final table, and the report."""

@@ -1,0 +1,1 @@
+"""Generation from any size; one size thinks, another answers."""

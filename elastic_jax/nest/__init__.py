@@ -1,0 +1,1 @@
+"""Nesting: slices, masks, importance, ordering, budgets, the router."""

@@ -1,0 +1,1 @@
+"""Training: the steps, the curriculum, the loop, what it saves and reports."""
