@@ -199,8 +199,9 @@ def _run_stage(run: Run, stage: Stage) -> None:
     while run.at.stage_step < stage.steps:
         at = run.at
         fresh = at.stage_step > 0 and at.step != run.restored
-        saving = run.stop_requested or (fresh and at.step % config.checkpoint.every == 0)
         evaluating = fresh and config.eval.every and at.step % config.eval.every == 0
+        stopping = run.stop_requested  # looked at once: the signal may come at any moment
+        saving = stopping or (fresh and at.step % config.checkpoint.every == 0)
         if pending is not None and (saving or evaluating):
             # A checkpoint of step N comes after the line of step N, which a resumed run would not write again.
             pending()
@@ -209,7 +210,7 @@ def _run_stage(run: Run, stage: Stage) -> None:
             run.evaluator.during(at, stage)
         if saving:
             _save(run, batches)
-        if run.stop_requested:
+        if stopping:
             run.store.wait()
             raise Stopped(f'stopped at step {at.step} of {plan.steps}, saved; run the same command to go on')
         waiting = time.perf_counter()
