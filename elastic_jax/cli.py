@@ -183,12 +183,16 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(argv: list[str]) -> int:
+    from logging import getLogger
+
     from absl import logging
 
     from elastic_jax.train.loop import train
     from elastic_jax.train.signals import Stopped
 
     logging.set_verbosity(logging.ERROR)  # Orbax reports every array it writes
+    # The other reads of a damaged checkpoint fail as well, each with a traceback that says nothing more.
+    getLogger('asyncio').setLevel('CRITICAL')
 
     config, workdir = load_config(argv)
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from elastic_jax.checkpoint.manager import _tree_save
+from elastic_jax.checkpoint.chunks import params_save
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.errors import WorkError
 
@@ -107,7 +107,7 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> Non
         manifest=ocp.JsonCheckpointHandler(),
     )
     items = ocp.args.Composite(
-        params=_tree_save(params), data=ocp.args.JsonSave({}), manifest=ocp.args.JsonSave(manifest.to_json())
+        params=params_save(params, manifest), data=ocp.args.JsonSave({}), manifest=ocp.args.JsonSave(manifest.to_json())
     )
     try:
         with ocp.Checkpointer(handler) as checkpointer:

@@ -9,15 +9,16 @@ import tensorstore as ts
 from etils import epath
 
 from elastic_jax.arch import Arch
-from elastic_jax.checkpoint.restore import read_manifest, step_directory, stored_shapes
+from elastic_jax.checkpoint.database import Database
+from elastic_jax.checkpoint.stored import read_manifest, step_directory
 from elastic_jax.errors import UserError
-from elastic_jax.model.params import param_table
+from elastic_jax.model.params import leaves, param_table
 
 
 class LeafReader:
     """`reader(group, name)` gives one parameter of `child`, read from its own bytes, as stored.
 
-    Raises: UserError naming what does not nest in the checkpoint, is missing or damaged.
+    Raises: UserError naming what does not nest in the checkpoint, is missing, damaged, or has another shape than declared.
     """
 
     def __init__(self, path: epath.PathLike, child: Arch):
@@ -27,23 +28,46 @@ class LeafReader:
         if problem:
             raise UserError(problem)
         self.where = directory / 'params'
-        where = str(self.where)
-        self.base = where if '://' in where else f'file://{where}'
-        self.stored = stored_shapes(directory, manifest.arch, manifest.layout)
         self.table = param_table(child, manifest.layout.check(child))
-        self.context = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
-
-    def __call__(self, group: str, name: str) -> np.ndarray:
-        # Orbax keeps all arrays of an item in one OCDBT database, each as zarr under its dotted path.
-        kvstore = {'driver': 'ocdbt', 'base': self.base, 'path': f'{group}.{name}/'}
-        corner: Any = tuple(slice(size) for size in self.table[group][name].shape)
+        full = param_table(manifest.arch, manifest.layout)
         try:
-            array = ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, context=self.context).result()
-            return array[corner].read().result()
+            database = Database(self.where)
         except (ValueError, OSError) as error:
-            line = str(error).splitlines()[0][:200]
-            raise UserError(f'{self.where}: {group}/{name} cannot be read ({line}); use another checkpoint') from error
+            raise UserError(f'{self.where} cannot be read ({_first_line(error)}); use another checkpoint') from error
+        opening = {(group, name): database.open(f'{group}.{name}') for group, name, _ in leaves(self.table)}
+        self.stored: dict[tuple[str, str], Any] = {}
+        for (group, name), future in opening.items():
+            try:
+                self.stored[group, name] = found = future.result()
+            except (ValueError, OSError) as error:
+                raise self._damaged(group, name, error) from error
+            # A request larger than what is stored must not get this far.
+            if tuple(found.shape) != full[group][name].shape:
+                declared = full[group][name].shape
+                raise UserError(
+                    f'{directory}: parameter {group}/{name} has shape {tuple(found.shape)}, the manifest says {declared}; '
+                    'use another checkpoint'
+                )
+
+    def __call__(
+        self, group: str, name: str, index: tuple[slice, ...] | None = None, dtype: np.dtype | None = None
+    ) -> np.ndarray:
+        """The parameter, or the part of it that `index` cuts; cast to `dtype` on its way."""
+        corner: Any = tuple(slice(size) for size in self.table[group][name].shape)
+        stored = self.stored[group, name]
+        try:
+            array = (stored if dtype is None else ts.cast(stored, dtype))[corner]
+            return (array if index is None else array[index]).read().result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(group, name, error) from error
+
+    def _damaged(self, group: str, name: str, error: Exception) -> UserError:
+        return UserError(f'{self.where}: {group}/{name} is missing or damaged ({_first_line(error)}); use another checkpoint')
 
     def dtype(self, group: str, name: str) -> np.dtype:
         """The dtype that a parameter is stored in."""
-        return np.dtype(self.stored[group][name].dtype)
+        return np.dtype(self.stored[group, name].dtype.numpy_dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from elastic_jax.checkpoint.chunks import params_save
 from elastic_jax.checkpoint.manifest import Manifest
-from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.checkpoint.stored import read_manifest
 from elastic_jax.errors import UserError, WorkError
 
 ARRAY_ITEMS = ('params', 'opt_state', 'router', 'ordering')
-# Small chunks, so that a slice reads little more than its own bytes; they cost nothing measurable on save.
-CHUNK_BYTES = 64 * 1024
 
 
 class CheckpointManager:
@@ -37,8 +37,9 @@ class CheckpointManager:
         self, step: int, *, params: Any, opt_state: Any, router: Any, ordering: Any, data: dict[str, Any], manifest: Manifest
     ) -> None:
         """Saves in the background, replacing a checkpoint of the same step. Raises WorkError when an earlier save failed."""
-        trees = {'params': params, 'opt_state': opt_state, 'router': router, 'ordering': ordering}
-        items = {name: _tree_save(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        trees = {'opt_state': opt_state, 'router': router, 'ordering': ordering}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        items['params'] = params_save(params, manifest)
         items |= {'data': ocp.args.JsonSave(data), 'manifest': ocp.args.JsonSave(manifest.to_json())}
         try:
             self.manager.wait_until_finished()
@@ -65,30 +66,31 @@ class CheckpointManager:
         return next(iter(self.steps()), None)
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """All items of a step. `abstract` gives the tree of ShapeDtypeStructs of each array item; None takes it as saved.
+        """All items of a step. `abstract` gives the tree of ShapeDtypeStructs of each array item; without one it comes as saved.
 
         Raises: UserError naming the item that is missing, damaged or of another shape.
         """
         directory = self.root / str(step)
         result: dict[str, Any] = {}
         for name in ARRAY_ITEMS:
-            wanted = abstract.get(name, {})
+            wanted = abstract.get(name)
             if not (directory / name).exists():
                 if wanted is not None and jax.tree.leaves(wanted):
                     raise UserError(f'{directory} lacks {name}; use another checkpoint')
                 result[name] = {}
                 continue
             result[name] = _tree_restore(directory / name, wanted)
+        # Orbax's own reader takes a missing or empty file for no data.
+        path = directory / 'data' / 'metadata'
         try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                result['data'] = reader.restore(directory / 'data', args=ocp.args.JsonRestore())
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f'{directory}/data is damaged ({error}); use another checkpoint') from error
+            result['data'] = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise UserError(f'{path} is damaged or missing ({error}); use another checkpoint') from error
         return result
 
     def save_parent(self, params: Any, manifest: Manifest) -> None:
         """Pins the frozen parent in `WORKDIR/parent`, where no keep-policy reaches it."""
-        items = ocp.args.Composite(params=_tree_save(params), manifest=ocp.args.JsonSave(manifest.to_json()))
+        items = ocp.args.Composite(params=params_save(params, manifest), manifest=ocp.args.JsonSave(manifest.to_json()))
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(self.workdir / 'parent', args=items, force=True)
@@ -111,10 +113,6 @@ class CheckpointManager:
         self.manager.close()
 
 
-def _tree_save(tree: Any) -> ocp.args.PyTreeSave:
-    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
-
-
 def _tree_restore(directory: epath.Path, abstract: Any) -> Any:
     """A tree of arrays as saved, or in the shape of `abstract`, checked against it leaf by leaf."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -125,11 +123,15 @@ def _tree_restore(directory: epath.Path, abstract: Any) -> Any:
         target = as_saved if abstract is None else abstract
         if abstract is not None:
             _check_shapes(directory, as_saved, abstract)
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), target)
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None) or device), target
+        )
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Orbax raises just that for an array it cannot read
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f'{directory} is damaged or does not fit ({line}); use another checkpoint') from error
 
