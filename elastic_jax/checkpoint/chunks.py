@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from elastic_jax.checkpoint.manifest import Manifest
+from elastic_jax.checkpoint.quiet import quiet_orbax
 from elastic_jax.model.params import Param, param_table
 
 # Elements. A slice reads whole chunks, so on each axis it reads up to a chunk too much; 64 x 64 keeps that at a few percent,
@@ -35,11 +35,4 @@ def _counted(param: Param) -> tuple[int, ...]:
     return counted if wide >= 8 * TILE else ()
 
 
-class _KnownSmall(logging.Filter):
-    """Drops Orbax's warning that chunks are small, which it repeats for every array; they are meant to be."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return 'target_byte_size too small' not in str(record.msg)
-
-
-logging.getLogger('absl').addFilter(_KnownSmall())
+quiet_orbax()

@@ -53,9 +53,8 @@ class CheckpointManager:
         good = self.latest()
         kept = 'there is no earlier checkpoint' if good is None else f'the checkpoint of step {good} is intact'
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        return WorkError(
-            f'saving step {step} in {self.root} failed ({reason}); {kept}: free some space or mend the disk, then rerun'
-        )
+        what = f'step {step}' if step >= 0 else 'a checkpoint'
+        return WorkError(f'saving {what} in {self.root} failed ({reason}); {kept}: free some space or mend the disk, then rerun')
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, newest first."""
@@ -110,7 +109,11 @@ class CheckpointManager:
             raise self._save_failed(-1, error) from error
 
     def close(self) -> None:
-        self.manager.close()
+        """Waits for what is being saved. Raises WorkError when that failed."""
+        try:
+            self.manager.close()
+        except (OSError, ValueError) as error:
+            raise self._save_failed(-1, error) from error
 
 
 def _tree_restore(directory: epath.Path, abstract: Any) -> Any:
