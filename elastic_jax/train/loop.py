@@ -76,6 +76,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}) as progress:
             at = restored or _begin(plan, store, progress.say)
             writer = MetricsWriter(workdir, latest)
+            if restored is None:
+                writer.write('stage', 0, stage=plan.stages[0].name, event='start')
             evaluator = Evaluator(plan, writer)
             run = Run(plan, workdir, store, writer, progress, evaluator, at, latest)
             if restored:
@@ -146,11 +148,13 @@ def _run_stages(run: Run) -> None:
         return
     for index in range(names.index(run.at.stage), len(names)):
         stage = run.plan.stages[index]
-        run.writer.write('stage', run.at.step, stage=stage.name, event='start')
         _run_stage(run, stage)
         run.writer.write('stage', run.at.step, stage=stage.name, event='end')
         following = run.plan.stages[index + 1] if index + 1 < len(names) else None
         run.at = _leave(run, stage, following)
+        if following is not None:
+            # With the checkpoint still to come: a resumed run finds the line there, or writes it again.
+            run.writer.write('stage', run.at.step, stage=following.name, event='start')
         run.store.save(run.at)
         run.writer.saved(run.at.step)
 
