@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import Attention, Rope
+from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
@@ -36,12 +37,14 @@ def attention(
 ) -> Mixed:
     """The attention mixer. KV heads are stored (G, K/G) and merged here; Q is the number of query heads per KV head."""
     del soft
+    axes = context.shards.of('kv_heads_blocks')
+    x_BxTxD = enter(x_BxTxD, axes)
     q_BxTxKxQxH = _project(x_BxTxD, params['q'], params.get('q_bias'))
     k_BxTxKxH = _project(x_BxTxD, params['k'], params.get('k_bias'))
     v_BxTxKxH = _project(x_BxTxD, params['v'], params.get('v_bias'))
     if mixer.qk_norm:
-        q_BxTxKxQxH = rms_norm(q_BxTxKxQxH, params['q_norm'], context.norm_eps)
-        k_BxTxKxH = rms_norm(k_BxTxKxH, params['k_norm'], context.norm_eps)
+        q_BxTxKxQxH = rms_norm(q_BxTxKxQxH, enter(params['q_norm'], axes), context.norm_eps)
+        k_BxTxKxH = rms_norm(k_BxTxKxH, enter(params['k_norm'], axes), context.norm_eps)
     if mixer.rope is not None:
         cos_BxTxH, sin_BxTxH = rotary_angles(context.positions_BxT, mixer.head_dim, mixer.rope)
         q_BxTxKxQxH = rotate(q_BxTxKxQxH, cos_BxTxH[:, :, None, None], sin_BxTxH[:, :, None, None])
@@ -58,7 +61,7 @@ def attention(
         allowed_BxTxS = jnp.arange(keys.shape[1])[None, None] <= last_BxT[..., None]
     heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
     o = params['o'].astype(x_BxTxD.dtype)
-    y_BxTxD = jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:]))
+    y_BxTxD = leave(jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:])), axes)
     if mixer.output_bias:
         y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from elastic_jax.model.collectives import WHOLE, Shards
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -22,6 +24,7 @@ class Context:
       taps: whether blocks also return the activations that importance is measured on.
       norm_eps: epsilon of every norm.
       dtype: the dtype of the matmuls.
+      shards: which part of the model and of the batch this device has.
     """
 
     positions_BxT: jax.Array
@@ -31,6 +34,7 @@ class Context:
     norm_eps: float = 1e-5
     taps: bool = False
     dtype: Any = jnp.float32
+    shards: Shards = WHOLE
 
 
 class Soft(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, Mixer, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.attention import attention
+from elastic_jax.model.collectives import Axes, leave, part_index
 from elastic_jax.model.context import HARD, Context, Soft, context_for
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.mlp import mlp
@@ -21,9 +22,14 @@ from elastic_jax.model.params import Param, layer_name, param_dtype, param_table
 APPLY = {Attention: attention, Mamba: mamba, MLP: mlp, MoE: moe}
 
 
-def embed_tokens(params: dict[str, Any], tokens_BxT: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """The residual stream before the first block, [B, T, D]."""
-    return params['embedding']['table'].astype(dtype)[tokens_BxT]
+def embed_tokens(params: dict[str, Any], tokens_BxT: jax.Array, dtype: Any = jnp.float32, axes: Axes = ()) -> jax.Array:
+    """The residual stream before the first block, [B, T, D]; `axes` are the mesh axes that split the vocabulary."""
+    table_VxD = params['embedding']['table'].astype(dtype)
+    if not axes:
+        return table_VxD[tokens_BxT]
+    own_BxT = tokens_BxT - part_index(axes) * table_VxD.shape[0]
+    own_BxT = jnp.where(own_BxT >= 0, own_BxT, table_VxD.shape[0])
+    return leave(jnp.take(table_VxD, own_BxT, axis=0, mode='fill', fill_value=0), axes)
 
 
 def apply_block(

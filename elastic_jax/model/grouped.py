@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     """Where each (token, choice) pair lives among the rows that the experts compute.
 
     Attributes:
-      row_of_pair: [N·K] row of each pair.
+      row_of_pair: [N·K] row of each pair; R for a pair whose expert is not here.
       pair_of_row: [R] pair of each row; N·K for a row of padding.
       groups: [R / BLOCK] expert of each block, or [E] rows of each expert.
     """
@@ -36,6 +36,7 @@ def apply_experts(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: E
     """`network` of each token's K experts: arrays [N, K, ...].
 
     Args:
+      ids_NxK: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       network: maps (rows [R, D], matmul) to arrays [R, ...]; `matmul(rows, w)` multiplies each row by its expert's w [E, D, F].
     """
     by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), _block_matmul, network)
@@ -54,8 +55,14 @@ def _run(
 def sorted_plan(ids_NxK: jax.Array, experts: int) -> Plan:
     """Pairs sorted by expert, without padding."""
     ids = ids_NxK.reshape(-1)
-    pair_of_row = jnp.argsort(ids, stable=True)
-    return Plan(jnp.argsort(pair_of_row), pair_of_row, jnp.bincount(ids, length=experts))
+    pairs, sizes = ids.shape[0], _sizes(ids, experts)
+    ordered = jnp.argsort(ids, stable=True)
+    pair_of_row = jnp.where(jnp.arange(pairs) < sizes.sum(), ordered, pairs)
+    return Plan(jnp.where(ids < experts, jnp.argsort(ordered), pairs), pair_of_row, sizes)
+
+
+def _sizes(ids: jax.Array, experts: int) -> jax.Array:
+    return jnp.bincount(ids, length=experts + 1)[:experts]
 
 
 def block_rows(pairs: int, experts: int, block: int = BLOCK) -> int:
@@ -67,7 +74,7 @@ def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     """Pairs sorted by expert, each expert starting a new block."""
     ids = ids_NxK.reshape(-1)
     pairs = ids.shape[0]
-    ordered, sizes = sorted_plan(ids_NxK, experts).pair_of_row, jnp.bincount(ids, length=experts)
+    ordered, sizes = jnp.argsort(ids, stable=True), _sizes(ids, experts)
     blocks_of = -(-sizes // block)
     last_block = jnp.cumsum(blocks_of)
     first_row, first_pair = (last_block - blocks_of) * block, jnp.cumsum(sizes) - sizes
@@ -78,8 +85,8 @@ def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     offset = rows - first_row[row_expert]
     filled = (offset < sizes[row_expert]) & (rows < last_block[-1] * block)
     pair_of_row = jnp.where(filled, ordered[jnp.clip(first_pair[row_expert] + offset, 0, pairs - 1)], pairs)
-    place = jnp.argsort(ordered)
-    row_of_pair = first_row[ids] + place - first_pair[ids]
+    place, own = jnp.argsort(ordered), jnp.minimum(ids, experts - 1)
+    row_of_pair = jnp.where(ids < experts, first_row[own] + place - first_pair[own], blocks * block)
     return Plan(row_of_pair, pair_of_row, block_expert)
 
 
@@ -103,7 +110,7 @@ def _dispatch_fwd(x_NxD: jax.Array, plan: Plan) -> tuple[jax.Array, tuple[Plan, 
 def _dispatch_bwd(residuals: tuple[Plan, int], rows_RxD: jax.Array) -> tuple[jax.Array, None]:
     # A gather where autodiff would scatter: each token's K rows are known.
     plan, tokens = residuals
-    return rows_RxD[plan.row_of_pair].reshape(tokens, -1, rows_RxD.shape[-1]).sum(axis=1), None
+    return _pairs(rows_RxD, plan).reshape(tokens, -1, rows_RxD.shape[-1]).sum(axis=1), None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -112,7 +119,11 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def _collect(rows: jax.Array, plan: Plan) -> jax.Array:
     """[N·K, ...]: each pair's row."""
-    return rows[plan.row_of_pair]
+    return _pairs(rows, plan)
+
+
+def _pairs(rows: jax.Array, plan: Plan) -> jax.Array:
+    return jnp.take(rows, plan.row_of_pair, axis=0, mode='fill', fill_value=0)
 
 
 def _collect_fwd(rows: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import Mamba
+from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.norm import rms_norm
@@ -43,6 +44,8 @@ def mamba(
     soft: Soft = HARD,
 ) -> Mixed:
     """The Mamba-2 mixer (arXiv 2405.21060). G groups share B and C; each has M heads of P channels and a state of N."""
+    axes = context.shards.of('mamba_groups')
+    x_BxTxD = enter(x_BxTxD, axes)
     project = lambda name: jnp.tensordot(x_BxTxD, params[name].astype(x_BxTxD.dtype), axes=1)
     inputs = {name: project(name) for name in ('x', 'b', 'c')}
     convolved, history = {}, {}
@@ -69,8 +72,9 @@ def mamba(
     y_BxTxGxMxP = y_BxTxGxMxP + params['d'][None, None, ..., None] * x_BxTxGxMxP.astype(jnp.float32)
 
     gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
-    normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, soft.gated_ratio, axes=(-2, -1))
-    y_BxTxD = jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3)
+    gated_ratio = enter(soft.gated_ratio, axes)
+    normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, gated_ratio, axes=(-2, -1))
+    y_BxTxD = leave(jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import MoE
+from elastic_jax.model.collectives import enter, gather_rows, leave, part_index, scatter_rows, total
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.grouped import Matmul, apply_experts
 from elastic_jax.model.mlp import feed_forward
@@ -13,6 +14,10 @@ from elastic_jax.model.mlp import feed_forward
 
 def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: Context, cache: None, soft: Soft = HARD) -> Mixed:
     """The MoE mixer. Experts are stored (G, E/G) and merged here.
+
+    Split over devices, each runs its own experts for every token: over mesh axes that also split the batch the tokens are
+    gathered and the outputs reduce-scattered. With several choices a token goes to nearly every part anyhow, and nothing is
+    dropped whatever the routing.
 
     Aux: `expert_load` [E], the share of (real token, choice) pairs of each expert; `balance_loss`, the auxiliary loss of
     Switch Transformers (arXiv 2101.03961, equation 4), 1 when balanced.
@@ -37,8 +42,18 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         out = matmul(activation, w['down'])
         return (out, activation) if context.taps else (out,)
 
-    out_NxKxD, *activations = apply_experts(x_NxD, ids_NxK, w['up'].shape[0], network)
-    y_NxD = jnp.einsum('nkd,nk->nd', out_NxKxD, weights_NxK.astype(out_NxKxD.dtype))
+    axes = context.shards.of('experts_blocks')
+    row_axes = tuple(axis for axis in axes if axis in context.shards.data)
+    unit_axes = tuple(axis for axis in axes if axis not in row_axes)
+    experts = w['up'].shape[0]
+    own_NxK = ids_NxK
+    if axes:
+        own_NxK = gather_rows(ids_NxK, row_axes) - part_index(axes) * experts
+        own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
+    rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
+    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, network)
+    shares_NxK = gather_rows(enter(weights_NxK, unit_axes), row_axes).astype(out_NxKxD.dtype)
+    y_NxD = leave(scatter_rows(jnp.einsum('nkd,nk->nd', out_NxKxD, shares_NxK), row_axes), unit_axes)
     aux = _load(ids_NxK, scores_NxE, context)
     if context.taps:
         shape = (batch, length, mixer.top_k)
@@ -46,7 +61,9 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         aux |= {'expert_ids': ids_NxK.reshape(shape), 'expert_weights': weights_NxK.reshape(shape)}
         aux |= {'expert_norms': norm_NxK.reshape(shape), 'expert_width': activations[0].reshape(*shape, -1)}
     if mixer.shared_width:
-        shared_NxD, shared_NxF = feed_forward(x_NxD, params['shared_up'], params.get('shared_gate'), params['shared_down'])
+        up, gate, down = (params.get(f'shared_{name}') for name in ('up', 'gate', 'down'))
+        shared_axes = context.shards.of('shared_width_blocks')
+        shared_NxD, shared_NxF = feed_forward(x_NxD, up, gate, down, axes=shared_axes)
         y_NxD = y_NxD + shared_NxD
         if context.taps:
             aux['shared_width'] = shared_NxF.reshape(batch, length, -1)
@@ -89,9 +106,10 @@ def route(
 def _load(ids_NxK: jax.Array, scores_NxE: jax.Array, context: Context) -> dict[str, jax.Array]:
     experts = scores_NxE.shape[-1]
     real_N = jnp.ones(ids_NxK.shape[0]) if context.segment_ids_BxT is None else (context.segment_ids_BxT.reshape(-1) > 0) * 1.0
-    count = jnp.maximum(real_N.sum(), 1.0)
-    pairs_E = jnp.zeros(experts).at[ids_NxK].add(real_N[:, None])
+    count = jnp.maximum(total(real_N.sum(), context.shards.data), 1.0)
+    pairs_E = total(jnp.zeros(experts).at[ids_NxK].add(real_N[:, None]), context.shards.data)
     load_E = pairs_E / (count * ids_NxK.shape[-1])
+    # The mean over this device's tokens divided by everyone's number: the devices' losses add up to the whole batch's.
     probability_NxE = scores_NxE / (scores_NxE.sum(-1, keepdims=True) + 1e-20)
     mean_E = (probability_NxE * real_N[:, None]).sum(0) / count
     return {

@@ -24,13 +24,20 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter. `mask` names the axes whose mask multiplies it (the producing side); `float32` keeps it so."""
+    """One parameter.
+
+    Attributes:
+      mask: the axes whose mask multiplies it (the producing side).
+      float32: kept so, whatever the dtype of the others.
+      whole: every device computes with all of it, though it has an axis that others are split over.
+    """
 
     shape: tuple[Any, ...]
     axes: tuple[str, ...]
     init: Initializer
     mask: tuple[str, ...] = ()
     float32: bool = False
+    whole: bool = False
 
 
 Table = dict[str, dict[str, Param]]
@@ -171,12 +178,12 @@ def _moe(mixer: MoE, embed: Any, layout: Layout, depth_scale: float) -> dict[str
         ('experts', inner_width(layout, 'experts', mixer, mixer.experts)),
     ]
     declared = {
-        'router': _param([d, *e], _fan_in(1), float32=True),
+        'router': _param([d, *e], _fan_in(1), float32=True, whole=True),
         'expert_up': _param([*e, d, f], _fan_in(1, skip=2)),
         'expert_down': _param([*e, f, d], _fan_in(1, depth_scale, skip=2), mask=('expert_width', 'embed')),
     }
     if mixer.correction_bias:
-        declared['correction_bias'] = _param(e, _zeros, float32=True)
+        declared['correction_bias'] = _param(e, _zeros, float32=True, whole=True)
     if mixer.activation == 'swiglu':
         declared['expert_gate'] = _param([*e, d, f], _fan_in(1, skip=2))
     if not isinstance(mixer.shared_width, int) or mixer.shared_width:
@@ -195,9 +202,11 @@ Declare = Callable[[Any, Any, Layout, float], dict[str, Param]]
 DECLARE: Mapping[type[Mixer], Declare] = {Attention: _attention, Mamba: _mamba, MLP: _mlp, MoE: _moe}
 
 
-def _param(dims: list[tuple[str, Any]], init: Initializer, mask: tuple[str, ...] = (), float32: bool = False) -> Param:
+def _param(
+    dims: list[tuple[str, Any]], init: Initializer, mask: tuple[str, ...] = (), float32: bool = False, whole: bool = False
+) -> Param:
     names, sizes = zip(*dims, strict=True)
-    return Param(tuple(sizes), names, init, mask, float32)
+    return Param(tuple(sizes), names, init, mask, float32, whole)
 
 
 def _stable_hash(text: str) -> int:

@@ -1,23 +1,50 @@
-"""Lockstep: all budgets of a step go through the decoder together, layer by layer, each on its static slice.
+"""All budgets of a step, layer by layer together.
 
 Layers outside, budgets inside: a layer's weights are fetched once for all budgets, and every budget costs what its size costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from elastic_jax.arch import Arch
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.context import Context
+from elastic_jax.model.collectives import fetch
+from elastic_jax.model.context import HARD, Context, Soft
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
-from elastic_jax.model.params import Param, Table, layer_name, param_table
+from elastic_jax.model.params import Param, layer_name, param_table
 from elastic_jax.nest.slice import slice_leaf
+from elastic_jax.parallel.sharding import fetch_axes
+from elastic_jax.train.units import Segment, segments
 
 Aux = dict[str, dict[str, jax.Array]]
+Specs = dict[str, dict[str, PartitionSpec]]
+FETCHED = 'fetched'
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How a step runs through the layers.
+
+    Attributes:
+      layout: of the parameters.
+      remat: each layer's activations are computed again in the backward pass, of which only the layer's inputs are kept.
+      scan: repeated units of layers are one loop: compile time follows the distinct layers, not the depth.
+      specs: how the parameters are stored over a mesh; None on one device.
+    """
+
+    layout: Layout = FLAT
+    remat: bool = False
+    scan: bool = False
+    specs: Specs | None = None
 
 
 def lockstep(
@@ -26,49 +53,114 @@ def lockstep(
     parent: Arch,
     archs: Sequence[Arch],
     context: Context,
-    layout: Layout = FLAT,
-    remat: bool = False,
+    stack: Stack,
+    softs: Sequence[dict[str, Soft]] | None = None,
 ) -> tuple[list[tuple[jax.Array, jax.Array]], list[Aux]]:
     """((final hidden states [B, T, D'], unembedding [D', V]) of every budget, its aux by block).
 
-    `params` are the parent's; gradients of the slices land in them by autodiff.
+    `params` are the parent's, as stored; gradients of the slices land in them by autodiff. `softs` holds, for each budget, what
+    soft masks need beside masked parameters: a Soft for each block and for `final_norm`.
     """
-    full = param_table(parent, layout)
-    tables = [param_table(arch, layout) for arch in archs]
+    full, tables = param_table(parent, stack.layout), [param_table(arch, stack.layout) for arch in archs]
+
+    def fetched(group: str, leaves: dict[str, jax.Array], like: str | None = None) -> dict[str, jax.Array]:
+        return _fetch_group(leaves, full[like or group], stack.specs and stack.specs[like or group], context.dtype)
+
+    def cut(leaves: dict[str, jax.Array], group: str, n: int) -> dict[str, jax.Array]:
+        declared = full[group]
+        return {
+            name: slice_leaf(leaves[name], _local(declared[name], leaves[name]), _local(param, leaves[name]), f'{group}/{name}')
+            for name, param in tables[n][group].items()
+        }
+
+    outside = {group: fetched(group, params[group]) for group in full if not group.startswith('layer_')}
+    vocab_axes = context.shards.of('vocab')
     streams = []
-    for table in tables:
-        embedding = {'embedding': _slice_group(params, full, table, 'embedding')}
-        streams.append(embed_tokens(embedding, tokens_BxT, context.dtype))
+    for n in range(len(archs)):
+        table = {'embedding': cut(outside['embedding'], 'embedding', n)}
+        streams.append(embed_tokens(table, tokens_BxT, context.dtype, vocab_axes))
+    layers = [i for i in range(len(parent.mixers)) if any(arch.mixers[i] is not None for arch in archs)]
+
+    def block(like: int, leaves: dict[str, jax.Array], soft: list[Soft] | None, inputs: list[jax.Array]) -> tuple[list, list]:
+        """Every budget through one layer that has the shapes of layer `like`."""
+        name = layer_name(like)
+        whole = fetched(name, leaves)
+        outputs, auxes = list(inputs), [{}] * len(archs)
+        for n, arch in enumerate(archs):
+            if arch.mixers[like] is not None:
+                own = cut(whole, name, n)
+                outputs[n], _, auxes[n] = apply_block(own, inputs[n], arch.mixers[like], context, None, soft[n] if soft else HARD)
+        return outputs, auxes
+
+    keys = [(parent.mixers[i], *(arch.mixers[i] for arch in archs)) for i in layers]
+    parts = segments(keys) if stack.scan else [Segment(j, 1, 1) for j in range(len(layers))]
     auxes: list[Aux] = [{} for _ in archs]
-    for i in range(len(parent.mixers)):
-        name = layer_name(i)
-        alive = [n for n, arch in enumerate(archs) if arch.mixers[i] is not None]
-        if not alive:
-            continue
-
-        def layer(weights: dict[str, jax.Array], inputs: list[jax.Array], i: int = i, alive: list[int] = alive) -> list[Any]:
-            outputs = []
-            for n, x_BxTxD in zip(alive, inputs, strict=True):
-                sliced = _slice_params(weights, full[layer_name(i)], tables[n][layer_name(i)], layer_name(i))
-                x_BxTxD, _, aux = apply_block(sliced, x_BxTxD, archs[n].mixers[i], context)
-                outputs.append((x_BxTxD, aux))
-            return outputs
-
-        run = jax.checkpoint(layer) if remat else layer
-        for n, (x_BxTxD, aux) in zip(alive, run(params[name], [streams[n] for n in alive]), strict=True):
-            streams[n], auxes[n][name] = x_BxTxD, aux
+    for part in parts:
+        indices = [layers[part.start : part.start + part.unit * part.repeats][j :: part.unit] for j in range(part.unit)]
+        inputs = [[(params[layer_name(i)], softs and [soft[layer_name(i)] for soft in softs]) for i in same] for same in indices]
+        blocks = [_remember(partial(block, same[0]), stack) for same in indices]
+        streams, unit_auxes = _run_unit(blocks, inputs, streams)
+        for same, by_repeat in zip(indices, unit_auxes, strict=True):
+            for i, by_budget in zip(same, by_repeat, strict=True):
+                for n, aux in enumerate(by_budget):
+                    if archs[n].mixers[i] is not None:
+                        auxes[n][layer_name(i)] = aux
     heads = []
-    for x_BxTxD, table in zip(streams, tables, strict=True):
-        rest = {group: _slice_group(params, full, table, group) for group in table if not group.startswith('layer_')}
-        heads.append((final_norm(rest, x_BxTxD, context), unembedding(rest)))
+    for n, x_BxTxD in enumerate(streams):
+        rest = {group: cut(leaves, group, n) for group, leaves in outside.items()}
+        ratio = softs[n]['final_norm'].embed_ratio if softs else 1.0
+        heads.append((final_norm(rest, x_BxTxD, context, ratio), unembedding(rest)))
     return heads, auxes
 
 
-def _slice_group(params: dict[str, Any], full: Table, small: Table, group: str) -> dict[str, jax.Array]:
-    return _slice_params(params[group], full[group], small[group], group)
+def _run_unit(blocks: list[Callable[..., Any]], inputs: list[list[Any]], streams: list[jax.Array]) -> tuple[list, list]:
+    """(streams, aux by layer of the unit, repeat, budget); the repeats are one scan when there are several."""
+    repeats = len(inputs[0])
+    if repeats == 1:
+        auxes = []
+        for run, [(leaves, soft)] in zip(blocks, inputs, strict=True):
+            streams, aux = run(leaves, soft, streams)
+            auxes.append([aux])
+        return streams, auxes
+
+    def unit(carry: list[jax.Array], stacked: list[Any]) -> tuple[list[jax.Array], list[Any]]:
+        auxes = []
+        for run, (leaves, soft) in zip(blocks, stacked, strict=True):
+            carry, aux = run(leaves, soft, carry)
+            auxes.append(aux)
+        return carry, auxes
+
+    stacked = [jax.tree.map(lambda *same: jnp.stack([jnp.asarray(leaf) for leaf in same]), *own) for own in inputs]
+    streams, auxes = jax.lax.scan(unit, streams, stacked)
+    return streams, [[jax.tree.map(lambda leaf, r=r: leaf[r], aux) for r in range(repeats)] for aux in auxes]
 
 
-def _slice_params(
-    leaves: dict[str, jax.Array], full: dict[str, Param], small: dict[str, Param], group: str
+def _remember(run: Callable[..., Any], stack: Stack) -> Callable[..., Any]:
+    """`run`, which keeps for its backward pass only its inputs, or all but the weights that it fetched."""
+    if stack.remat:
+        return jax.checkpoint(run)
+    if stack.specs is not None:
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.save_anything_except_these_names(FETCHED))
+    return run
+
+
+def _fetch_group(
+    leaves: dict[str, jax.Array], table: dict[str, Param], specs: dict[str, PartitionSpec] | None, dtype: Any
 ) -> dict[str, jax.Array]:
-    return {name: slice_leaf(leaves[name], full[name], param, f'{group}/{name}') for name, param in small.items()}
+    if specs is None:
+        return leaves
+    result = {}
+    for name, leaf in leaves.items():
+        axes, dim = fetch_axes(table[name], specs[name])
+        whole = fetch(leaf, axes, dim, leaf.dtype if table[name].float32 else dtype)
+        result[name] = checkpoint_name(whole, FETCHED) if axes else whole
+    return result
+
+
+def _local(param: Param, leaf: jax.Array) -> Param:
+    """The declaration of the part of a parameter that this device computes with: blocks (G) are split, widths never are."""
+    shape = tuple(
+        min(size, own) if axis.endswith('_blocks') or axis in ('mamba_groups', 'vocab') else size
+        for axis, size, own in zip(param.axes, param.shape, leaf.shape, strict=True)
+    )
+    return dataclasses.replace(param, shape=shape)

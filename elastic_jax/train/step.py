@@ -9,48 +9,81 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from elastic_jax.arch import Arch
 from elastic_jax.layout import FLAT, Layout
+from elastic_jax.model.collectives import WHOLE, Shards, total
 from elastic_jax.model.context import Context, context_for
-from elastic_jax.model.decoder import hidden_states, unembedding
 from elastic_jax.model.losses import cross_entropy_losses, kl_losses
 from elastic_jax.nest.budgets import Grid, Metric
 from elastic_jax.nest.masks import mask_params, softs
 from elastic_jax.nest.router import Anneal, budget_loss, gumbel_softmax, router_logits, soft_masks
-from elastic_jax.train.lockstep import lockstep
+from elastic_jax.parallel.sharding import param_specs, shards, tree_shardings
+from elastic_jax.train.gradients import Loss, Metrics, differentiable, loss_and_gradients
+from elastic_jax.train.lockstep import Specs, Stack, lockstep
 from elastic_jax.train.state import TrainState, guarded_update
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What all steps share. `accumulate` splits a batch into that many micro-batches, summed before the update."""
+    """What all steps share. `accumulate` splits a batch into that many micro-batches, summed before the update.
+
+    `remat` and `scan` are those of a Stack; without a mesh everything is on one device.
+    """
 
     layout: Layout = FLAT
     dtype: Any = jnp.float32
     remat: bool = False
     chunk: int = 512
     accumulate: int = 1
+    scan: bool = False
+    mesh: Mesh | None = None
+
+    def shards(self, parent: Arch) -> Shards:
+        return WHOLE if self.mesh is None else shards(parent, self.layout, self.mesh)
+
+    def specs(self, parent: Arch) -> Specs | None:
+        return None if self.mesh is None else param_specs(parent, self.layout, self.mesh)
+
+    def stack(self, parent: Arch) -> Stack:
+        return Stack(self.layout, self.remat, self.scan, self.specs(parent))
+
+    def teacher_stack(self, parent: Arch) -> Stack:
+        """Of a pass without gradients: there is nothing to keep or to compute again."""
+        return Stack(self.layout, False, self.scan, self.specs(parent))
+
+    def constrain(self, state: TrainState, parent: Arch) -> TrainState:
+        """The state, stored as the parameters are: what a step returns is what the next one takes."""
+        if self.mesh is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, tree_shardings(state, self.specs(parent), self.mesh))
 
 
 def _context(batch: Batch, arch: Arch, config: StepConfig) -> Context:
-    return context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=arch.norm_eps, dtype=config.dtype)
+    return context_for(
+        batch['tokens'],
+        batch['segment_ids'],
+        batch['positions'],
+        norm_eps=arch.norm_eps,
+        dtype=config.dtype,
+        shards=config.shards(arch),
+    )
 
 
 def pretrain_loss(arch: Arch, config: StepConfig, auxiliary_weight: float = 0.0) -> Loss:
     """Cross-entropy of the parent, plus the experts' auxiliary load-balancing loss."""
 
-    def loss_fn(params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
-        hidden_BxTxD, aux = hidden_states(params, batch['tokens'], arch, _context(batch, arch, config), remat=config.remat)
-        heads = [(hidden_BxTxD, unembedding(params))]
-        loss = cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], count, config.chunk)[0]
+    def loss_fn(params: Any, fixed: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
+        context = _context(batch, arch, config)
+        heads, [aux] = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
+        vocab_axes = context.shards.of('vocab')
+        loss = cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], count, config.chunk, vocab_axes)[0]
         metrics = {'loss': loss, **_loads(aux, 'full')}
         balance = [block['balance_loss'] for block in aux.values() if 'balance_loss' in block]
-        share = jnp.sum(batch['loss_mask']) / count
+        share = total(jnp.sum(batch['loss_mask']), context.shards.data) / count
         return loss + auxiliary_weight * share * sum(balance, jnp.zeros(())), metrics
 
     return loss_fn
@@ -66,32 +99,36 @@ def elastic_loss(
     weights: Sequence[float],
     config: StepConfig,
     teacher: str = 'frozen',
-) -> Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]:
+) -> Loss:
     """Weighted sum of the budgets' losses, each on its static slice, all in lockstep.
 
-    `teacher`: 'frozen' distils from the frozen parent's logits; 'self' from the full budget's, which itself learns by
-    cross-entropy (the full budget must come first); 'none' trains every budget by cross-entropy.
+    `teacher`: 'frozen' distils from the frozen parent's logits (the fixed parameters); 'self' from the full budget's, which
+    itself learns by cross-entropy (the full budget must come first); 'none' trains every budget by cross-entropy.
     """
     names, archs = zip(*budgets, strict=True)
 
     def loss_fn(params: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
         context = _context(batch, parent, config)
-        heads, auxes = lockstep(params, batch['tokens'], parent, archs, context, config.layout, config.remat)
-        by_next_token = lambda students: cross_entropy_losses(students, batch['targets'], batch['loss_mask'], count, config.chunk)
+        heads, auxes = lockstep(params, batch['tokens'], parent, archs, context, config.stack(parent))
+        shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
         if teacher == 'frozen':
-            hidden_BxTxD, _ = hidden_states(teacher_params, batch['tokens'], parent, context)
-            losses = kl_losses(heads, (hidden_BxTxD, unembedding(teacher_params)), batch['loss_mask'], count, config.chunk)
+            losses = kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared)
         elif teacher == 'self' and len(heads) > 1:
-            small = kl_losses(heads[1:], heads[0], batch['loss_mask'], count, config.chunk)
-            losses = jnp.concatenate([by_next_token(heads[:1]), small])
+            small = kl_losses(heads[1:], heads[0], *shared)
+            losses = jnp.concatenate([cross_entropy_losses(heads[:1], batch['targets'], *shared), small])
         else:
-            losses = by_next_token(heads)
+            losses = cross_entropy_losses(heads, batch['targets'], *shared)
         metrics = {f'loss/{name}': losses[n] for n, name in enumerate(names)}
         for name, aux in zip(names, auxes, strict=True):
             metrics |= _loads(aux, name)
         return losses @ jnp.asarray(weights, jnp.float32), metrics
 
     return loss_fn
+
+
+def teacher_head(params: Any, batch: Batch, parent: Arch, context: Context, config: StepConfig) -> tuple[jax.Array, jax.Array]:
+    """(final hidden states, unembedding) of the frozen parent."""
+    return lockstep(params, batch['tokens'], parent, [parent], context, config.teacher_stack(parent))[0][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +145,33 @@ class SearchConfig:
     anchor: float = 10.0
 
 
+def masked_loss(parent: Arch, config: StepConfig) -> Loss:
+    """Distillation of parents under soft masks: learned are (masked parameters, Softs by block) of each."""
+
+    def loss_fn(learned: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
+        context, stack, heads = _context(batch, parent, config), config.stack(parent), []
+        for masked, soft in learned:
+            heads += lockstep(masked, batch['tokens'], parent, [parent], context, stack, [soft])[0]
+        target = teacher_head(teacher_params, batch, parent, context, config)
+        losses_K = kl_losses(heads, target, batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
+        return losses_K.sum(), {'loss/drawn': losses_K}
+
+    return loss_fn
+
+
 def search_loss(parent: Arch, search: SearchConfig, config: StepConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Distillation of the drawn budgets under soft masks at full width, plus the budget loss of all of them."""
+    """Distillation of the drawn budgets under soft masks at full width, plus the budget loss of all of them.
+
+    The masks multiply the parameters as they are stored, before they are fetched; what is between masked parameters and loss
+    is one differentiable function over the mesh.
+    """
     names = [name for name, _ in search.targets]
+    distilled = differentiable(loss_and_gradients(masked_loss(parent, config), parent, config))
 
     def loss_fn(
-        learned: tuple[Any, Any],
-        teacher_params: Any,
-        batch: Batch,
-        count: jax.Array,
-        drawn_K: jax.Array,
-        key: jax.Array,
-        step: jax.Array,
+        learned: tuple[Any, Any], teacher_params: Any, batch: Batch, drawn_K: jax.Array, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         params, router = learned
-        context = _context(batch, parent, config)
         temperature, scale = search.anneal.at(step / search.steps)
         probabilities, misses, metrics = [], [], {}
         for n, (name, target) in enumerate(search.targets):
@@ -134,47 +183,15 @@ def search_loss(parent: Arch, search: SearchConfig, config: StepConfig) -> Calla
             metrics |= {f'budget_loss/{name}': miss, f'share/{name}': share}
             metrics |= {f'router/{name}/{axis}': jax.nn.softmax(scale * value) for axis, value in logits.items()}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *probabilities)
-        hidden_BxTxD, _ = hidden_states(teacher_params, batch['tokens'], parent, context)
-        heads = []
+        drawn = []
         for k in range(drawn_K.shape[0]):
             own = jax.tree.map(lambda leaf, k=k: leaf[drawn_K[k]], stacked)
             masks = soft_masks(parent, search.grid, own, config.layout)
-            masked = mask_params(params, parent, masks, config.layout)
-            soft = softs(parent, masks, config.layout)
-            heads.append((hidden_states(masked, batch['tokens'], parent, context, soft, config.remat)[0], unembedding(masked)))
-        teacher = (hidden_BxTxD, unembedding(teacher_params))
-        losses_K = kl_losses(heads, teacher, batch['loss_mask'], count, config.chunk)
-        metrics['loss/drawn'] = losses_K
-        share_of_batch = jnp.sum(batch['loss_mask']) / count
-        return losses_K.sum() + search.budget_weight * share_of_batch * sum(misses), metrics
+            drawn.append((mask_params(params, parent, masks, config.layout), softs(parent, masks, config.layout)))
+        loss, more = distilled(drawn, teacher_params, batch)
+        return loss + search.budget_weight * sum(misses), metrics | more
 
     return loss_fn
-
-
-def accumulated(
-    loss_fn: Callable[..., tuple[jax.Array, Metrics]], learned: Any, batch: Batch, pieces: int
-) -> tuple[jax.Array, Metrics, Any]:
-    """(loss, metrics, gradients) of `loss_fn(learned, batch, count)`, over micro-batches one after the other.
-
-    Every micro-batch is divided by the whole batch's token count, so their sum is exactly the whole batch's loss.
-    """
-    count = jnp.maximum(jnp.sum(batch['loss_mask']), 1.0)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if pieces == 1:
-        (loss, metrics), grads = value_and_grad(learned, batch, count)
-        return loss, metrics, grads
-    split = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
-
-    def add(total: Any, piece: Batch) -> tuple[Any, None]:
-        (loss, metrics), grads = value_and_grad(learned, piece, count)
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
-
-    shapes = jax.eval_shape(value_and_grad, learned, jax.tree.map(lambda x: x[0], split), count)
-    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, (loss, metrics, grads), split)
-    loss, metrics, grads = total
-    averaged = {key: value if key.startswith('loss') else value / pieces for key, value in metrics.items()}
-    return loss, averaged, grads
 
 
 def make_pretrain_step(
@@ -185,14 +202,14 @@ def make_pretrain_step(
     auxiliary_weight: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Jitted step of the parent's pretraining; experts are balanced by their correction biases and/or the auxiliary loss."""
-    loss_fn = pretrain_loss(arch, config, auxiliary_weight)
+    gradients = loss_and_gradients(pretrain_loss(arch, config, auxiliary_weight), arch, config)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, metrics, grads = accumulated(loss_fn, state.params, batch, config.accumulate)
+        loss, metrics, grads = gradients(state.params, {}, batch)
         state, more = guarded_update(state, (grads, {}), loss, optimizer)
         if balance_rate:
             state = state.replace(params=balance_experts(state.params, metrics, balance_rate))
-        return state, metrics | more
+        return config.constrain(state, arch), metrics | more
 
     return jax.jit(step, donate_argnums=0)
 
@@ -218,13 +235,12 @@ def make_elastic_step(
     teacher: str = 'frozen',
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Jitted step of an elastic stage with frozen widths: (state, teacher's parameters, batch)."""
-    loss_fn = elastic_loss(parent, budgets, weights, config, teacher)
+    gradients = loss_and_gradients(elastic_loss(parent, budgets, weights, config, teacher), parent, config)
 
     def step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        own_loss = lambda params, piece, count: loss_fn(params, teacher_params, piece, count)
-        loss, metrics, grads = accumulated(own_loss, state.params, batch, config.accumulate)
+        loss, metrics, grads = gradients(state.params, teacher_params, batch)
         state, more = guarded_update(state, (grads, {}), loss, optimizer)
-        return state, {'loss': loss, **metrics, **more}
+        return config.constrain(state, parent), {'loss': loss, **metrics, **more}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -242,9 +258,10 @@ def make_search_step(
     def step(
         state: TrainState, teacher_params: Any, batch: Batch, drawn_K: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        own_loss = lambda learned, piece, count: loss_fn(learned, teacher_params, piece, count, drawn_K, key, state.step)
-        loss, metrics, grads = accumulated(own_loss, (state.params, state.router), batch, config.accumulate)
+        learned = (state.params, state.router)
+        gradients = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = gradients(learned, teacher_params, batch, drawn_K, key, state.step)
         state, more = guarded_update(state, grads, loss, optimizer, router_optimizer)
-        return state, {'loss': loss, **metrics, **more}
+        return config.constrain(state, parent), {'loss': loss, **metrics, **more}
 
     return jax.jit(step, donate_argnums=0)

@@ -13,7 +13,8 @@ from elastic_jax.model.decoder import logits
 from elastic_jax.model.losses import cross_entropy_losses, kl_losses
 from elastic_jax.nest.slice import slice_params
 from elastic_jax.train.state import guarded_update, new_state
-from elastic_jax.train.step import StepConfig, accumulated, balance_experts, elastic_loss, make_elastic_step, make_pretrain_step
+from elastic_jax.train.gradients import accumulated
+from elastic_jax.train.step import StepConfig, balance_experts, elastic_loss, make_elastic_step, make_pretrain_step
 from tests.nest.test_masks import BLOCKED, noisy_params
 from tests.tiny import HYBRID, LLAMA
 
@@ -131,8 +132,8 @@ def test_micro_batches_add_up_to_the_whole_batch():
     batch = make_batch(HYBRID, rows=4)
     batch['loss_mask'] = batch['loss_mask'].at[0].set(0.0)  # uneven: means of micro-batches would differ
     loss_fn = elastic_loss(HYBRID, HYBRID_BUDGETS, (0.5, 0.3, 0.2), StepConfig())
-    own = lambda p, piece, count: loss_fn(p, teacher_params, piece, count)
-    whole, split = (jax.jit(lambda p, n=n: accumulated(own, p, batch, n))(params) for n in (1, 2))
+    count = batch['loss_mask'].sum()
+    whole, split = (jax.jit(lambda p, n=n: accumulated(loss_fn, p, teacher_params, batch, count, n))(params) for n in (1, 2))
     np.testing.assert_allclose(whole[0], split[0], rtol=1e-5)
     chex.assert_trees_all_close(whole[2], split[2], atol=float(1e-5 * optax.tree.norm(whole[2])))
     chex.assert_trees_all_close(whole[1]['loss/small'], split[1]['loss/small'], rtol=1e-5)

@@ -1,0 +1,146 @@
+"""What is split over which mesh axis: one set of rules, from which all shardings derive."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from elastic_jax.arch import Arch
+from elastic_jax.errors import UserError
+from elastic_jax.layout import Layout
+from elastic_jax.model.collectives import Axes, Shards
+from elastic_jax.model.params import Param, leaves, map_table, param_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """From a logical axis to the mesh axes that split it; an axis that does not divide it, or is used already, is left out.
+
+    `embed` is how parameters are stored; they are gathered over it before use. The others split the computation too.
+    """
+
+    batch: Axes = ('replica', 'fsdp', 'expert')
+    embed: Axes = ('fsdp', 'expert')
+    vocab: Axes = ('tensor',)
+    mlp_blocks: Axes = ('tensor',)
+    shared_width_blocks: Axes = ('tensor',)
+    kv_heads_blocks: Axes = ('tensor',)
+    mamba_groups: Axes = ('tensor',)
+    experts_blocks: Axes = ('expert', 'tensor')
+
+
+RULES = Rules()
+
+
+def param_spec(param: Param, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """How one parameter is stored. Vectors over `embed` are whole everywhere: fetching them would cost more than they do."""
+    entries: list[Axes] = [()] * len(param.axes)
+    used: set[str] = set()
+    # What splits the computation first; storage takes what is left.
+    for i in sorted(range(len(param.axes)), key=lambda i: param.axes[i] == 'embed'):
+        name, size = param.axes[i], param.shape[i]
+        if (name == 'embed' and len(param.shape) == 1) or (name != 'embed' and param.whole):
+            continue
+        for axis in getattr(rules, name, ()):
+            divisor = mesh.shape[axis] * math.prod(mesh.shape[other] for other in entries[i])
+            if mesh.shape[axis] > 1 and axis not in used and size % divisor == 0:
+                entries[i] += (axis,)
+                used.add(axis)
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def fetch_axes(param: Param, spec: PartitionSpec) -> tuple[Axes, int]:
+    """(mesh axes that a parameter is gathered over before use, its dimension)."""
+    if 'embed' not in param.axes:
+        return (), 0
+    dim = param.axes.index('embed')
+    return spec_axes(spec, dim), dim
+
+
+def spec_axes(spec: PartitionSpec, dim: int) -> Axes:
+    entry = spec[dim] if dim < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def param_specs(arch: Arch, layout: Layout, mesh: Mesh) -> dict[str, dict[str, PartitionSpec]]:
+    """group -> name -> PartitionSpec of the parameters of `arch`; a slice has its parent's."""
+    return map_table(lambda param: param_spec(param, mesh), param_table(arch, layout))
+
+
+def param_shardings(arch: Arch, layout: Layout, mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
+    """group -> name -> NamedSharding of the parameters of `arch`."""
+    return map_table(lambda param: NamedSharding(mesh, param_spec(param, mesh)), param_table(arch, layout))
+
+
+def tree_specs(tree: Any, specs: dict[str, dict[str, PartitionSpec]]) -> Any:
+    """The PartitionSpec of every leaf of a tree that holds copies of the parameters (a training state, an optimiser's): under a
+    path …/group/name that of the parameter, else that of what is whole everywhere.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        keys = [getattr(part, 'key', None) for part in path[-2:]]
+        found = specs.get(keys[0], {}).get(keys[1]) if len(keys) == 2 else None
+        return PartitionSpec() if found is None else found
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def tree_shardings(tree: Any, specs: dict[str, dict[str, PartitionSpec]], mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf, as `tree_specs`."""
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree_specs(tree, specs), is_leaf=is_spec)
+
+
+def batch_spec(mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """Of arrays [B, ...]."""
+    return PartitionSpec(tuple(axis for axis in rules.batch if mesh.shape[axis] > 1) or None)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B, ...]: their rows over every axis that splits data."""
+    return NamedSharding(mesh, batch_spec(mesh))
+
+
+def data_parallelism(mesh: Mesh, rules: Rules = RULES) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in rules.batch)
+
+
+def shards(arch: Arch, layout: Layout, mesh: Mesh, rules: Rules = RULES) -> Shards:
+    """What one device's part of `arch` is, for the blocks to know what to exchange."""
+    split: dict[str, Axes] = {}
+    for _, name, param in leaves(param_table(arch, layout)):
+        spec = param_spec(param, mesh, rules)
+        for dim, logical in enumerate(param.axes):
+            if logical == 'embed' or param.whole or not hasattr(rules, logical):
+                continue
+            axes = spec_axes(spec, dim)
+            if split.setdefault(logical, axes) != axes:
+                raise UserError(f'{name}: blocks differ in how {logical} can be split over the mesh; take a smaller config.mesh')
+    data = tuple(axis for axis in rules.batch if mesh.shape[axis] > 1)
+    return Shards(data, tuple((name, axes) for name, axes in split.items() if axes))
+
+
+def mesh_problems(arch: Arch, layout: Layout, mesh: Mesh) -> list[str]:
+    """One sentence for each way in which `arch` does not fit on the mesh: T | G, and fsdp | embed."""
+    problems, shape = [], mesh.shape
+    if arch.embed % shape['fsdp']:
+        down = max(size for size in range(1, shape['fsdp'] + 1) if arch.embed % size == 0)
+        problems.append(f'embed={arch.embed} does not split over fsdp={shape["fsdp"]}; take config.mesh.fsdp={down}')
+    table = param_table(arch, layout)
+    wanted = {'mlp': 'tensor', 'shared_width': 'tensor', 'experts': 'expert'}
+    sizes = {name: size for _, _, param in leaves(table) for name, size in zip(param.axes, param.shape, strict=True)}
+    for name, axis in wanted.items():
+        blocks = sizes.get(f'{name}_blocks', shape[axis])
+        if blocks % shape[axis]:
+            problems.append(
+                f'{axis}={shape[axis]} does not divide the G={blocks} blocks of {name}; '
+                f'set config.layout.{name} to a multiple of {shape[axis]}, or config.mesh.{axis} to a divisor of {blocks}'
+            )
+    if 'experts_blocks' not in sizes and shape['expert'] > 1:
+        problems.append(f'config.mesh.expert={shape["expert"]}, but the model has no experts; use fsdp instead')
+    return problems
