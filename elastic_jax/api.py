@@ -34,7 +34,8 @@ from elastic_jax.errors import UserError
 from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human
 from elastic_jax.hf.from_checkpoint import export_checkpoint
-from elastic_jax.infer.generate import GREEDY, generate
+from elastic_jax.infer.generate import GREEDY, generate, stream
+from elastic_jax.infer.resident import Weights, weights_of
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.layout import Layout
 from elastic_jax.model.decoder import logits
@@ -95,6 +96,11 @@ class Model:
     tokenizer: Tokenizer
     dtype: Any = jnp.float32
 
+    @property
+    def weights(self) -> Weights:
+        """What the programs of `infer` run."""
+        return weights_of(self.params, self.arch, self.layout, self.dtype)
+
     def logits(self, tokens_BxT: Any) -> jax.Array:
         """Logits [B, T, V] in float32."""
         return _logits(self.params, jnp.asarray(tokens_BxT), self.arch, jnp.dtype(self.dtype))
@@ -109,17 +115,35 @@ class Model:
         self,
         prompt: str | Sequence[str],
         max_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """The continuation of a prompt, or a list of them for a list of prompts.
+
+        Args:
+          sampling, seed: one for all prompts, or one for each; of a single seed the prompts take it and its successors.
+          stop: strings before which a continuation ends.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        completions = generate(self.weights, self.tokenizer, prompts, max_tokens, sampling, stop, seed)
+        texts = [completion.text for completion in completions]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompt: str,
+        max_tokens: int = 128,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> Any:
-        """The continuation of a prompt, or a list of them for a list of prompts."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        completions = generate(
-            self.params, self.arch, self.tokenizer, prompts, max_tokens, sampling, stop, seed, jnp.dtype(self.dtype)
-        )
-        texts = [completion.text for completion in completions]
-        return texts[0] if isinstance(prompt, str) else texts
+    ) -> Iterator[str]:
+        """The continuation of one prompt, piece after piece as it is made; arguments as of `generate`."""
+        shown = 0
+        for (completion,) in stream(self.weights, self.tokenizer, [prompt], max_tokens, sampling, stop, seed):
+            if len(completion.text) > shown:
+                yield completion.text[shown:]
+            shown = len(completion.text)
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Held-out scores over batches of `data.pipeline`."""

@@ -16,6 +16,7 @@ from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
 from elastic_jax.infer.generate import generate
+from elastic_jax.infer.resident import weights_of
 from elastic_jax.metrics import MetricsWriter, read_metrics
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
@@ -72,7 +73,8 @@ class Evaluator:
             sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
             prompts = list(self.plan.config.samples.prompts)
             if prompts:
-                completions = generate(sliced, arch, self.plan.tokenizer, prompts, max_tokens=self.plan.config.samples.tokens)
+                weights = weights_of(sliced, arch, self.plan.layout)
+                completions = generate(weights, self.plan.tokenizer, prompts, max_tokens=self.plan.config.samples.tokens)
                 for prompt, completion in zip(prompts, completions, strict=True):
                     self.writer.write('samples', at.step, budget=name, prompt=prompt, text=completion.text)
         return {name: _brief(score) for name, score in after.items()}

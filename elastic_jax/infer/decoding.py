@@ -1,0 +1,210 @@
+"""A batch of rows being continued: chunked prefill, and decoding in pieces.
+
+Few programs are compiled, and none for a request: chunks, batches and caches come in a handful of sizes, and all that a request
+may choose is an array. A row that has ended, waits, or is padding stands still while others go on: rows do not depend on
+each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_jax.infer.resident import Weights
+from elastic_jax.infer.sampling import Knobs, Sampling, draw, entropy, knobs_of
+from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache
+from elastic_jax.model.decoder import unembedding
+
+CHUNKS = (256, 64, 16)
+PIECE = 16
+NO_TOKEN = -1
+
+
+class Requests(NamedTuple):
+    """What each row asked for. `entropy_B`: in nats; a row waits before a token that is less certain (infinite: never)."""
+
+    knobs: Knobs
+    keys_B: jax.Array
+    eos_B: jax.Array
+    entropy_B: jax.Array
+
+
+class State(NamedTuple):
+    """Rows between two tokens.
+
+    Attributes:
+      logits_BxV: of each row's next token, float32.
+      seen_BxV: the tokens that a row holds, for the repetition penalty.
+      drawn_B: how many tokens a row has drawn; the n-th is drawn with the n-th key of its seed, however it is batched.
+      left_B: how many tokens a row may still gain; 0 when it has ended.
+    """
+
+    cache: Cache
+    logits_BxV: jax.Array
+    seen_BxV: jax.Array
+    drawn_B: jax.Array
+    left_B: jax.Array
+    requests: Requests
+
+
+def requests_of(
+    samplings: Sequence[Sampling], seeds: Sequence[int], eos_id: int = NO_TOKEN, entropy_limit: float = float('inf')
+) -> Requests:
+    """The requests of rows as arrays."""
+    rows = len(samplings)
+    return Requests(
+        knobs_of(samplings),
+        jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32)),
+        np.full(rows, eos_id, np.int32),
+        np.full(rows, entropy_limit, np.float32),
+    )
+
+
+def empty_state(weights: Weights, requests: Requests, slots: int, max_tokens: Sequence[int]) -> State:
+    """Rows that hold nothing yet, each of which may gain `max_tokens`."""
+    rows, vocab = len(max_tokens), weights.arch.vocab
+    return State(
+        init_cache(weights.arch, rows, slots, weights.dtype),
+        jnp.zeros((rows, vocab), jnp.float32),
+        jnp.zeros((rows, vocab), bool),
+        jnp.zeros(rows, jnp.int32),
+        jnp.asarray(max_tokens, jnp.int32),
+        jax.tree.map(jnp.asarray, requests),
+    )
+
+
+def mark_seen(seen_BxV: jax.Array, tokens_BxT: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """`seen_BxV` with each row's first `valid_B` tokens."""
+    rows_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[0])[:, None], tokens_BxT.shape)
+    real_BxT = jnp.arange(tokens_BxT.shape[1])[None] < valid_B[:, None]
+    return seen_BxV.at[rows_BxT, jnp.where(real_BxT, tokens_BxT, seen_BxV.shape[1])].set(True, mode='drop')
+
+
+def token_keys(requests: Requests, drawn_B: jax.Array) -> jax.Array:
+    """The key of each row's next token."""
+    return jax.vmap(jax.random.fold_in)(requests.keys_B, drawn_B)
+
+
+def going(state: State) -> jax.Array:
+    """Which rows draw a token now, [B]: those that have not ended and are certain enough."""
+    limit_B = state.requests.entropy_B
+    certain = lambda: entropy(state.logits_BxV) <= limit_B
+    certain_B = jax.lax.cond(jnp.any(jnp.isfinite(limit_B)), certain, lambda: jnp.full(limit_B.shape, True))
+    return (state.left_B > 0) & certain_B
+
+
+def run_tokens(weights: Weights, params: Any, state: State, tokens_BxT: jax.Array, valid_B: jax.Array) -> State:
+    """The state after each row's first `valid_B` tokens; a row with none keeps its logits."""
+    hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, weights.arch, state.cache, valid_B, weights.dtype)
+    last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(valid_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    own_BxV = jnp.matmul(last_BxD, unembedding(params).astype(weights.dtype), preferred_element_type=jnp.float32)
+    logits_BxV = jnp.where(valid_B[:, None] > 0, own_BxV, state.logits_BxV)
+    return state._replace(cache=cache, logits_BxV=logits_BxV, seen_BxV=mark_seen(state.seen_BxV, tokens_BxT, valid_B))
+
+
+@partial(jax.jit, donate_argnames='state')
+def feed_chunk(weights: Weights, state: State, tokens_BxT: jax.Array, valid_B: jax.Array) -> State:
+    """One chunk of prompts."""
+    return run_tokens(weights, weights.own(), state, tokens_BxT, valid_B)
+
+
+@partial(jax.jit, donate_argnames='state')
+def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, jax.Array]:
+    """At most `steps` ≤ PIECE decoding steps: (new state, tokens [B, PIECE], NO_TOKEN where a row had none)."""
+    params = weights.own()
+
+    def more(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> jax.Array:
+        step, _, active_B, _ = carry
+        return (step < steps) & jnp.any(active_B)
+
+    def body(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
+        step, state, active_B, tokens_BxN = carry
+        keys_B = token_keys(state.requests, state.drawn_B)
+        token_B = jnp.where(active_B, draw(state.logits_BxV, state.seen_BxV, keys_B, state.requests.knobs), 0)
+        tokens_BxN = tokens_BxN.at[:, step].set(jnp.where(active_B, token_B, NO_TOKEN))
+        gained_B = active_B.astype(jnp.int32)
+        state = run_tokens(weights, params, state, token_B[:, None], gained_B)
+        ended_B = active_B & (token_B == state.requests.eos_B)
+        left_B = jnp.where(ended_B, 0, state.left_B - gained_B)
+        state = state._replace(drawn_B=state.drawn_B + gained_B, left_B=left_B)
+        return step + 1, state, active_B & going(state), tokens_BxN
+
+    tokens_BxN = jnp.full((state.left_B.shape[0], PIECE), NO_TOKEN, jnp.int32)
+    _, state, _, tokens_BxN = jax.lax.while_loop(more, body, (jnp.int32(0), state, going(state), tokens_BxN))
+    return state, tokens_BxN
+
+
+def chunk_sizes(length: int) -> list[int]:
+    """Static chunk sizes that cover `length` tokens: the largest that is filled for three quarters, again and again."""
+    sizes = []
+    while length > 0:
+        sizes.append(next((size for size in CHUNKS if length >= 0.75 * size), CHUNKS[-1]))
+        length -= sizes[-1]
+    return sizes
+
+
+def bucket(least: int, smallest: int = 1) -> int:
+    """The next power of two, or one and a half times one, from `smallest` up: few sizes, at most half of one wasted."""
+    size = smallest
+    while size < least:
+        size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else (size // 3 * 4 if size > 1 else 2)
+    return size
+
+
+class Decoding:
+    """Rows of a batch as their caller holds them; the batch is padded with rows that stand still.
+
+    Args:
+      capacity: how many tokens a row may come to hold, prompt, continuation and all.
+      max_tokens: how many tokens each row may gain.
+    """
+
+    def __init__(self, weights: Weights, requests: Requests, capacity: int, max_tokens: Sequence[int]):
+        self.weights, self.rows = weights, len(max_tokens)
+        # What is fed is padded to chunks, and padding must not reach past the last slot either.
+        self.slots = bucket(capacity + CHUNKS[1], 64)
+        self.lengths = np.zeros(self.rows, int)
+        padding = _power_of_two(self.rows) - self.rows
+        wide = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf), jnp.repeat(leaf[:1], padding)]), requests)
+        self.state = empty_state(weights, wide, self.slots, [*max_tokens, *[0] * padding])
+
+    def feed(self, tokens: Sequence[np.ndarray]) -> None:
+        """Appends tokens to every row (none: an empty array)."""
+        lengths = np.asarray([len(row) for row in tokens])
+        start = 0
+        for size in chunk_sizes(int(lengths.max(initial=0))):
+            if self.lengths.max() + size > self.slots:
+                raise ValueError(f'a chunk of {size} after {self.lengths.max()} tokens does not fit {self.slots} slots')
+            chunk = np.zeros((self.state.left_B.shape[0], size), np.int32)
+            valid = np.zeros(chunk.shape[0], np.int32)
+            valid[: self.rows] = np.clip(lengths - start, 0, size)
+            for row, ids in enumerate(tokens):
+                chunk[row, : valid[row]] = ids[start : start + size]
+            self.state = feed_chunk(self.weights, self.state, chunk, valid)
+            self.lengths += valid[: self.rows]
+            start += size
+
+    def piece(self, steps: int = PIECE) -> list[list[int]]:
+        """The next tokens of every row, at most `steps`; fewer where a row has ended or waits."""
+        self.state, tokens_BxN = advance(self.weights, self.state, np.int32(steps))
+        gained = [[token for token in row if token != NO_TOKEN] for row in np.asarray(tokens_BxN)[: self.rows].tolist()]
+        self.lengths += [len(row) for row in gained]
+        return gained
+
+    @property
+    def left(self) -> np.ndarray:
+        """How many tokens each row may still gain."""
+        return np.asarray(self.state.left_B)[: self.rows]
+
+    def end(self, row: int) -> None:
+        """The row gains no more tokens."""
+        self.state = self.state._replace(left_B=self.state.left_B.at[row].set(0))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()

@@ -1,0 +1,131 @@
+"""Generation against full forward passes: every budget, any prompt length, any batch."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from elastic_jax.errors import UserError
+from elastic_jax.infer import decoding
+from elastic_jax.infer.decoding import Decoding, chunk_sizes, requests_of
+from elastic_jax.infer.generate import generate, stream
+from elastic_jax.infer.sampling import Sampling
+from tests.infer.tiny import FAMILIES, HYBRID, LETTERS, budgets_of, full_logits, greedy_by_full_passes, random_weights
+
+WARM = Sampling(temperature=1.0)
+WEIGHTS = random_weights(HYBRID)
+
+
+def letters(rng, count):
+    return LETTERS.decode(rng.integers(0, 23, count))
+
+
+@pytest.mark.parametrize('budget', ['full', 'small'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_decoding_gives_the_logits_of_full_passes_step_by_step(family, budget):
+    """Prompts of unequal length in one batch: shorter and longer than the SSD chunk and than a prefill chunk."""
+    weights = random_weights(FAMILIES[family], budgets_of(FAMILIES[family])[budget])
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 23, count) for count in (1, 13, 70)]
+    batch = Decoding(weights, requests_of([WARM] * 3, [5, 6, 7]), 90, [12] * 3)
+    batch.feed(prompts)
+    held = [list(prompt) for prompt in prompts]
+    for _ in range(12):
+        for row, tokens in enumerate(held):
+            full = full_logits(weights, tokens)
+            np.testing.assert_allclose(batch.state.logits_BxV[row], full[-1], atol=1e-5 * np.abs(full).max())
+        for tokens, new in zip(held, batch.piece(1), strict=True):
+            tokens += new
+    assert [len(tokens) for tokens in held] == [13, 25, 82]
+
+
+@pytest.mark.parametrize(('family', 'budget'), [('hybrid', 'mid'), ('moe', 'small')])
+def test_greedy_tokens_are_those_of_full_passes(family, budget):
+    weights = random_weights(FAMILIES[family], budgets_of(FAMILIES[family])[budget])
+    prompt = letters(np.random.default_rng(4), 9)
+    (completion,) = generate(weights, LETTERS, [prompt], max_tokens=20)
+    expected = greedy_by_full_passes(weights, LETTERS.encode(prompt), 20)
+    ended = LETTERS.eos_id in expected
+    assert completion.tokens == (expected[:-1] if ended else expected)
+    assert completion.finish == ('stop' if ended else 'length')
+
+
+def test_a_batch_of_unequal_prompts_is_each_alone():
+    """Rows of other lengths, settings, seeds and limits change nothing; nor do rows that ended."""
+    rng = np.random.default_rng(5)
+    prompts = [letters(rng, count) for count in (3, 40, 17)]
+    samplings = [Sampling(), Sampling(1.0, top_k=5), Sampling(1.5, top_p=0.8, repetition_penalty=1.3)]
+    together = generate(WEIGHTS, LETTERS, prompts, 40, samplings, seeds=[1, 2, 3])
+    for row, prompt in enumerate(prompts):
+        (alone,) = generate(WEIGHTS, LETTERS, [prompt], 40, samplings[row], seeds=[row + 1])
+        assert together[row] == alone
+    assert len({completion.text for completion in together}) == 3
+
+
+def test_a_seed_gives_the_same_text_again_and_another_seed_another():
+    texts = [generate(WEIGHTS, LETTERS, ['abc'], 30, WARM, seeds=[seed])[0].text for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+    first, second = generate(WEIGHTS, LETTERS, ['abc', 'abc'], 30, WARM, seeds=6)
+    assert second.text == texts[0] != first.text
+
+
+def test_a_prompt_longer_than_the_largest_chunk_is_prefilled_in_several():
+    prompt = np.random.default_rng(6).integers(0, 23, 300)
+    assert len(set(chunk_sizes(300))) > 1 and max(chunk_sizes(300)) < 300
+    batch = Decoding(WEIGHTS, requests_of([WARM], [0]), 310, [10])
+    batch.feed([prompt])
+    full = full_logits(WEIGHTS, prompt)
+    np.testing.assert_allclose(batch.state.logits_BxV[0], full[-1], atol=1e-5 * np.abs(full).max())
+
+
+def test_text_ends_before_a_stop_string_wherever_pieces_end():
+    whole = generate(WEIGHTS, LETTERS, ['abc'], 60, WARM, seeds=[11])[0].text
+    for place in (1, 14, 15, 16, 17, 30):
+        string = whole[place : place + 3]
+        (stopped,) = generate(WEIGHTS, LETTERS, ['abc'], 60, WARM, stop=['zzz', string], seeds=[11])
+        assert stopped.text == whole[: whole.index(string)] and stopped.finish == 'stop'
+        assert LETTERS.decode(stopped.tokens) == stopped.text + string
+
+
+def test_streamed_texts_only_grow_and_end_in_the_whole():
+    whole = generate(WEIGHTS, LETTERS, ['abc'], 60, WARM, seeds=[11])[0].text
+    stop = [whole[20:23]]
+    shown = [texts[0] for texts in stream(WEIGHTS, LETTERS, ['abc'], 60, WARM, stop, seeds=[11])]
+    assert len(shown) > 2 and len(shown[0].text) <= 1
+    for before, after in itertools.pairwise(shown):
+        assert after.text.startswith(before.text)
+    assert shown[-1].text == whole[: whole.index(stop[0])]
+    assert [bool(completion.finish) for completion in shown] == [False] * (len(shown) - 1) + [True]
+
+
+def test_the_end_of_text_ends_a_row_and_is_not_shown():
+    found = [generate(WEIGHTS, LETTERS, ['abc'], 60, Sampling(3.0), seeds=[seed])[0] for seed in range(8)]
+    ended = [completion for completion in found if completion.finish == 'stop']
+    assert ended and all(LETTERS.eos_id not in completion.tokens for completion in found)
+    assert all(len(completion.text) == len(completion.tokens) for completion in found)
+
+
+def test_other_requests_compile_nothing_new():
+    run = lambda *args, **kwargs: generate(WEIGHTS, LETTERS, *args, **kwargs)
+    run(['abcdefgh'], 20)
+    counts = decoding.advance._cache_size(), decoding.feed_chunk._cache_size()
+    run(['abc'], 7, Sampling(0.7, 3, 0.9, 1.2), stop=['q'], seeds=9)
+    run(['abcdefghijkl'], 25, WARM, seeds=10)
+    assert (decoding.advance._cache_size(), decoding.feed_chunk._cache_size()) == counts
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (([],), 'a prompt is empty'),
+        ((['a', ''],), 'a prompt is empty'),
+        ((['a'], 0), 'max_tokens=0 must be at least 1'),
+        ((['a'], 1, [WARM, WARM]), '2 samplings for 1 prompts'),
+        ((['a'], 1, WARM, 'ab'), 'give a list of strings'),
+        ((['a'], 1, WARM, ['']), 'a stop string is empty'),
+        ((['a'], 1, WARM, (), [1, 2]), '2 seeds for 1 prompts'),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message):
+        generate(WEIGHTS, LETTERS, *arguments)
