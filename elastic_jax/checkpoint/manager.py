@@ -12,6 +12,7 @@ from etils import epath
 from elastic_jax.checkpoint.chunks import params_save
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.stored import read_manifest
+from elastic_jax.checkpoint.tree_reader import read_tree
 from elastic_jax.errors import UserError, WorkError
 
 ARRAY_ITEMS = ('params', 'opt_state', 'router', 'ordering')
@@ -78,7 +79,7 @@ class CheckpointManager:
                     raise UserError(f'{directory} lacks {name}; use another checkpoint')
                 result[name] = {}
                 continue
-            result[name] = _tree_restore(directory / name, wanted)
+            result[name] = read_tree(directory / name, wanted)
         # Orbax's own reader takes a missing or empty file for no data.
         path = directory / 'data' / 'metadata'
         try:
@@ -99,7 +100,7 @@ class CheckpointManager:
     def restore_parent(self, abstract: Any) -> Any:
         """The parameters of the frozen parent. Raises UserError when it is missing or damaged."""
         read_manifest(self.workdir / 'parent')
-        return _tree_restore(self.workdir / 'parent' / 'params', abstract)
+        return read_tree(self.workdir / 'parent' / 'params', abstract)
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises WorkError when a save failed."""
@@ -114,46 +115,3 @@ class CheckpointManager:
             self.manager.close()
         except (OSError, ValueError) as error:
             raise self._save_failed(-1, error) from error
-
-
-def _tree_restore(directory: epath.Path, abstract: Any) -> Any:
-    """A tree of arrays as saved, or in the shape of `abstract`, checked against it leaf by leaf."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        handler = ocp.PyTreeCheckpointHandler()
-        stored = handler.metadata(directory).tree
-        as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
-        target = as_saved if abstract is None else abstract
-        if abstract is not None:
-            _check_shapes(directory, as_saved, abstract)
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None) or device), target
-        )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
-    except UserError:
-        raise
-    except Exception as error:  # Orbax raises just that for an array it cannot read
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f'{directory} is damaged or does not fit ({line}); use another checkpoint') from error
-
-
-def _check_shapes(directory: epath.Path, stored: Any, wanted: Any) -> None:
-    """Raises UserError naming the first leaf that is missing or has another shape."""
-    plain = lambda tree: {
-        '/'.join(_key(part) for part in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    found, expected = plain(stored), plain(wanted)
-    for path, shape in expected.items():
-        if path not in found:
-            raise UserError(f'{directory} lacks {path}; use another checkpoint')
-        if found[path] != shape:
-            raise UserError(f'{directory}: {path} has shape {found[path]}, expected {shape}; use another checkpoint')
-
-
-def _key(part: Any) -> str:
-    for attribute in ('key', 'name', 'idx'):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)

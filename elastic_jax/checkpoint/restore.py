@@ -11,6 +11,7 @@ from etils import epath
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.stored import read_manifest, step_directory
+from elastic_jax.checkpoint.tree_reader import read_sharded
 from elastic_jax.model.params import leaves, param_dtype
 
 __all__ = ['read_manifest', 'restore_slice', 'step_directory']
@@ -31,20 +32,6 @@ def restore_slice(path: epath.PathLike, child: Arch, shardings: Any = None, dtyp
     for group, name, param in leaves(read.table):
         own_dtype = np.dtype(read.dtype(group, name) if dtype is None else param_dtype(param, dtype))
         sharding = one_device if shardings is None else shardings[group][name]
-        params[group][name] = _read_sharded(read, group, name, param.shape, own_dtype, sharding)
+        own = lambda index, leaf=(group, name), dtype=own_dtype: read(*leaf, index, dtype)
+        params[group][name] = read_sharded(param.shape, sharding, own)
     return params
-
-
-def _read_sharded(
-    read: LeafReader, group: str, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
-) -> jax.Array:
-    """One parameter on its devices, each of which reads its own part; replicas read it once."""
-    parts: dict[Any, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
-        if key not in parts:
-            parts[key] = read(group, name, index, dtype)
-        return parts[key]
-
-    return jax.make_array_from_callback(shape, sharding, part)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -23,6 +23,7 @@ from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Ranges = Sequence[tuple[int, int]]
 ENDLESS = 2**40
 
 
@@ -87,16 +88,14 @@ def _bytes_of_token(tokenizer: Tokenizer) -> np.ndarray:
 
 
 class PackedBatches(grain.sources.RandomAccessDataSource):
-    """Batch k of the endless stream: this process's rows of it. Epochs differ in the order of their documents."""
+    """Batch k of the endless stream: this process's rows of it. Epochs differ in the order of their documents.
 
-    def __init__(self, store: TokenStore, batch_size: int, context: int, seed: int, process_index: int, process_count: int):
-        if batch_size % process_count:
-            raise UserError(
-                f'batch_size={batch_size} does not split over {process_count} processes; take a multiple of {process_count}'
-            )
+    `rows` are the (first, one past the last) ranges of rows that this process's devices hold; None for all.
+    """
+
+    def __init__(self, store: TokenStore, batch_size: int, context: int, seed: int, rows: Ranges | None = None):
         self.store, self.batch_size, self.context, self.seed = store, batch_size, context, seed
-        self.rows = batch_size // process_count
-        self.first_row = process_index * self.rows
+        self.rows = ((0, batch_size),) if rows is None else tuple(rows)
         self._order = functools.lru_cache(maxsize=4)(self._epoch_order)
 
     def __len__(self) -> int:
@@ -112,10 +111,13 @@ class PackedBatches(grain.sources.RandomAccessDataSource):
         return order, np.concatenate([[0], np.cumsum(lengths)])
 
     def __getitem__(self, index: int) -> Batch:
-        first = (index * self.batch_size + self.first_row) * self.context
-        offsets = np.arange(first, first + self.rows * self.context + 1)
-        tokens, document, place = self._look_up(offsets)
-        return make_batch(tokens, document, place, self.rows, self.store.bytes_of_token)
+        parts = [self._range(index * self.batch_size + first, last - first) for first, last in self.rows]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
+
+    def _range(self, first_row: int, rows: int) -> Batch:
+        first = first_row * self.context
+        tokens, document, place = self._look_up(np.arange(first, first + rows * self.context + 1))
+        return make_batch(tokens, document, place, rows, self.store.bytes_of_token)
 
     def _look_up(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token, number of its document in the stream, its place in the document) at consecutive stream offsets."""
@@ -209,19 +211,20 @@ def make_iterator(
     batch_size: int,
     context: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Ranges | None = None,
     start_batch: int = 0,
 ) -> BatchIterator:
-    """Batches of a split, without end: dicts of [batch_size / process_count, context] arrays as `make_batch` describes them."""
-    store = load_store(config, split)
-    return BatchIterator(PackedBatches(store, batch_size, context, seed, process_index, process_count), start_batch)
+    """Batches of a split, without end: dicts of [rows, context] arrays as `make_batch` describes them.
+
+    `rows` are the ranges of a batch's rows that this process makes (`parallel.placement`); None for all.
+    """
+    return BatchIterator(PackedBatches(load_store(config, split), batch_size, context, seed, rows), start_batch)
 
 
 def heldout_batches(config: ConfigDict, batch_size: int, context: int, max_batches: int | None = None) -> Iterator[Batch]:
     """The held-out split once, in a fixed order; its last batch is padded with rows that are not scored."""
     store = load_store(config, 'heldout')
-    source = PackedBatches(store, batch_size, context, seed=0, process_index=0, process_count=1)
+    source = PackedBatches(store, batch_size, context, seed=0)
     per_batch = batch_size * context
     count = -(-len(store.tokens) // per_batch)
     for index in range(count if max_batches is None else min(count, max_batches)):

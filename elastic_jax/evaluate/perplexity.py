@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -39,11 +39,15 @@ def evaluate(params: Any, arch: Arch, batches: Iterable[Batch], dtype: Any = jnp
         stands for, `loss_mask` which tokens are scored. Batches of one shape share one compiled program per `arch`.
     Raises: WorkError when there is no token to score.
     """
+    return score(lambda inputs: _summed_loss(params, inputs, arch, jnp.dtype(dtype), chunk), batches)
+
+
+def score(summed_loss: Callable[[Batch], jax.Array], batches: Iterable[Batch]) -> dict[str, float]:
+    """As `evaluate`, for any function that gives the total nats over the scored tokens of a batch."""
     sums, tokens, text_bytes = [], 0.0, 0.0
     for batch in batches:
-        inputs = {key: batch[key] for key in INPUTS}
         # Fetched at the end: the next batch is made while the device works on this one.
-        sums.append(_summed_loss(params, inputs, arch, jnp.dtype(dtype), chunk))
+        sums.append(summed_loss({key: batch[key] for key in INPUTS}))
         mask = np.asarray(batch['loss_mask'], np.float64)
         tokens += float(mask.sum())
         text_bytes += float((np.asarray(batch['target_bytes'], np.float64) * mask).sum())

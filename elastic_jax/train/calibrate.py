@@ -7,23 +7,23 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import make_iterator
 from elastic_jax.nest import importance
 from elastic_jax.nest.ordering import Ordering, apply_ordering, make_ordering
+from elastic_jax.parallel.placement import Placement
 from elastic_jax.train.setup import Plan
 
 
-def order_parent(params: Any, parent: Arch, plan: Plan, say: Callable[[str], None]) -> tuple[Any, Ordering, Arch]:
+def order_parent(params: Any, plan: Plan, place: Placement, say: Callable[[str], None]) -> tuple[Any, Ordering, Arch]:
     """(parameters in order of importance, the ordering, the parent with its layers ranked)."""
-    config = plan.config.calibrate
+    config, parent = plan.config.calibrate, plan.parent
     stream = make_iterator(
         plan.config.data, split='train', batch_size=config.batch_size, context=config.context, seed=plan.config.seed + 1
     )
-    batches = list(itertools.islice(stream, config.batches))
+    batches = [place.put_whole_batch(batch) for batch in itertools.islice(stream, config.batches)]
     dtype = jnp.dtype(plan.config.dtype)
     say(f'calibrating on {config.batches * config.batch_size * config.context:,} tokens')
     sums = importance.accumulate(params, batches, parent, dtype)
@@ -34,5 +34,5 @@ def order_parent(params: Any, parent: Arch, plan: Plan, say: Callable[[str], Non
         say('ranking the layers')
         ranking, _ = importance.rank_layers(params, batches[: config.layer_batches], parent, min(depths), dtype)
     ordering = make_ordering(importance.scores(sums, parent, plan.layout), parent, ranking)
-    reorder = jax.jit(lambda p: apply_ordering(p, ordering, parent, plan.layout, plan.layout))
-    return reorder(params), ordering, dataclasses.replace(parent, ranking=ranking)
+    reordered = place.make(lambda p: apply_ordering(p, ordering, parent, plan.layout, plan.layout), params)
+    return reordered, ordering, dataclasses.replace(parent, ranking=ranking)

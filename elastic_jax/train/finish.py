@@ -12,7 +12,7 @@ from etils import epath
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import heldout_batches
-from elastic_jax.evaluate.perplexity import evaluate
+from elastic_jax.evaluate.perplexity import evaluate, score
 from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
 from elastic_jax.infer.generate import generate
@@ -23,43 +23,58 @@ from elastic_jax.model.decoder import hidden_states, unembedding
 from elastic_jax.nest.masks import mask_params, softs
 from elastic_jax.nest.router import router_logits, soft_masks
 from elastic_jax.nest.slice import slice_params
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.sharding import data_parallelism
 from elastic_jax.train.curriculum import Stage
+from elastic_jax.train.gradients import summed_loss
 from elastic_jax.train.persist import Snapshot
 from elastic_jax.train.setup import Plan
+from elastic_jax.train.step import elastic_loss
 
 
 class Evaluator:
     """Evaluates budgets on the same held-out batches throughout a run."""
 
-    def __init__(self, plan: Plan, writer: MetricsWriter):
-        self.plan, self.writer, self.batches = plan, writer, None
+    def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter):
+        self.plan, self.place, self.writer, self.batches = plan, place, writer, None
+        self.programs: dict[Any, Callable[..., jax.Array]] = {}
 
     def heldout(self) -> list[dict[str, Any]]:
         if self.batches is None:
-            config = self.plan.config
-            stream = heldout_batches(config.data, config.eval.batch_size, config.eval.context, config.eval.batches)
-            self.batches = list(stream)
+            config, parts = self.plan.config, data_parallelism(self.place.mesh)
+            rows = -(-config.eval.batch_size // parts) * parts
+            self.batches = list(heldout_batches(config.data, rows, config.eval.context, config.eval.batches))
         return self.batches
 
-    def score(self, params: Any, parent: Arch, arch: Arch) -> dict[str, float]:
-        """Held-out loss and bits per byte of one slice."""
-        sliced = slice_params(params, parent, arch, self.plan.layout)
-        return evaluate(sliced, arch, self.heldout(), self.plan.config.dtype, self.plan.config.loss_chunk)
+    def score(self, params: Any, parent: Arch, arch: Arch, batches: int | None = None) -> dict[str, float]:
+        """Held-out loss and bits per byte of one slice, on the first `batches`, or all.
+
+        Over a mesh it is sliced layer by layer, as in training.
+        """
+        heldout = self.heldout()[:batches]
+        if not self.place.distributed:
+            sliced = slice_params(params, parent, arch, self.plan.layout)
+            return evaluate(sliced, arch, heldout, self.plan.config.dtype, self.plan.config.loss_chunk)
+        if (parent, arch) not in self.programs:
+            config = self.plan.step_config(self.plan.stages[0], self.place.mesh)
+            loss_fn = elastic_loss(parent, [('', arch)], (1.0,), config, 'none')
+            self.programs[parent, arch] = jax.jit(summed_loss(loss_fn, parent, config))
+        program = self.programs[parent, arch]
+        return score(lambda inputs: program(params, self.place.put_whole_batch(inputs)), heldout)
 
     def during(self, at: Snapshot, stage: Stage) -> None:
         """Scores every budget whose widths are known."""
         for name, arch in at.archs.items():
-            score = self.score(at.state.params, at.parent, arch)
-            self.writer.write('eval', at.step, stage=stage.name, budget=name, **_brief(score))
+            own = self.score(at.state.params, at.parent, arch)
+            self.writer.write('eval', at.step, stage=stage.name, budget=name, **_brief(own))
 
     def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:
         """Logs what freezing the soft masks to hard widths does to the held-out loss."""
-        plan, batch = self.plan, self.heldout()[0]
+        plan, batch = self.plan, self.place.put_whole_batch(self.heldout()[0])
         for n, name in enumerate(plan.budgets):
             one_hot = jax.nn.one_hot(n, len(plan.budgets))
             soft = float(_soft_loss(at.state.params, router, batch, one_hot, at.parent, plan.grid, plan.layout))
-            sliced = slice_params(at.state.params, at.parent, archs[name], plan.layout)
-            hard = evaluate(sliced, archs[name], [batch], plan.config.dtype, plan.config.loss_chunk)
+            hard = self.score(at.state.params, at.parent, archs[name], batches=1)
             self.writer.write('hardening', at.step, budget=name, soft_loss=soft, hard_loss=hard['loss'])
 
     def final(self, at: Snapshot, teacher: Any) -> dict[str, dict[str, float]]:
@@ -70,9 +85,10 @@ class Evaluator:
         rows, parent = summary_rows(at.archs, at.parent, after, before, parent_score, self.plan.config.metric_context)
         self.writer.write('final', at.step, rows=rows, parent=parent)
         for name, arch in at.archs.items():
-            sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
             prompts = list(self.plan.config.samples.prompts)
-            if prompts:
+            # Of several processes none has a whole slice to write with: `elastic generate` does it from the checkpoint.
+            if prompts and jax.process_count() == 1:
+                sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
                 weights = weights_of(sliced, arch, self.plan.layout)
                 completions = generate(weights, self.plan.tokenizer, prompts, max_tokens=self.plan.config.samples.tokens)
                 for prompt, completion in zip(prompts, completions, strict=True):

@@ -54,11 +54,24 @@ def loss_and_gradients(loss_fn: Loss, parent: Arch, config: StepConfig) -> Gradi
             return loss, metrics, reduce_gradients(grads, own_specs, data)
 
         in_specs = (own_specs, tree_specs(fixed, specs), batch_spec(config.mesh))
-        out_specs = (PartitionSpec(), PartitionSpec(), own_specs)
-        sharded = jax.shard_map(reduced, mesh=config.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return sharded(learned, fixed, batch)
+        return _manual(reduced, config, in_specs, (PartitionSpec(), PartitionSpec(), own_specs))(learned, fixed, batch)
 
     return over_mesh
+
+
+def summed_loss(loss_fn: Loss, parent: Arch, config: StepConfig) -> Callable[[Any, Any], jax.Array]:
+    """(params, batch) -> the total over the batch's scored tokens, without gradients; for evaluating where training runs."""
+
+    def run(params: Any, batch: Any) -> jax.Array:
+        return total(loss_fn(params, {}, batch, jnp.ones(()))[0], config.shards(parent).data)
+
+    if config.mesh is None:
+        return run
+    return _manual(run, config, (config.specs(parent), batch_spec(config.mesh)), PartitionSpec())
+
+
+def _manual(run: Callable[..., Any], config: StepConfig, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(run, mesh=config.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def reduce_gradients(grads: Any, specs: Any, data: Axes) -> Any:

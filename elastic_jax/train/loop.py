@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -25,17 +25,19 @@ from elastic_jax.metrics import MetricsWriter
 from elastic_jax.nest.freeze import freeze
 from elastic_jax.nest.ordering import Ordering
 from elastic_jax.nest.router import init_router
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.processes import asked_to_stop, is_main
 from elastic_jax.train import persist
 from elastic_jax.train.calibrate import order_parent
-from elastic_jax.train.curriculum import Stage, draw_budgets, loss_weights
+from elastic_jax.train.curriculum import Stage, draw_budgets
 from elastic_jax.train.finish import Evaluator, finish
 from elastic_jax.train.persist import Snapshot
+from elastic_jax.train.programs import BATCH_KEYS, stage_program
 from elastic_jax.train.progress import RunProgress
 from elastic_jax.train.reporting import StepReport
 from elastic_jax.train.setup import Plan, hand_archs, make_plan
 from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
-from elastic_jax.train.step import make_elastic_step, make_pretrain_step, make_search_step
 from elastic_jax.train.workdir import claim_workdir, keep_tokenizer
 
 
@@ -44,6 +46,7 @@ class Run:
     """The handles of a run in progress and where it stands."""
 
     plan: Plan
+    place: Placement
     workdir: epath.Path
     store: persist.Store
     writer: MetricsWriter
@@ -65,27 +68,30 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     for split in ('train', 'heldout'):
         load_store(config.data, split)  # a corpus that cannot be read is said before anything is written
     workdir = epath.Path(workdir)
-    claim_workdir(workdir, config)
-    keep_tokenizer(workdir, config.data.tokenizer)
+    place = plan.place()
+    claim_workdir(workdir, config, write=is_main())
+    if is_main():
+        keep_tokenizer(workdir, config.data.tokenizer)
     if config.compilation_cache:
         jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-    store = persist.Store(workdir, plan)
+    store = persist.Store(workdir, plan, place)
     try:
         restored = store.restore_newest()
         latest = None if restored is None else restored.step
-        with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}) as progress:
+        with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}, is_main()) as progress:
             at = restored or _begin(plan, store, progress.say)
-            writer = MetricsWriter(workdir, latest)
+            writer = MetricsWriter(workdir, latest, is_main())
             if restored is None:
                 writer.write('stage', 0, stage=plan.stages[0].name, event='start')
-            evaluator = Evaluator(plan, writer)
-            run = Run(plan, workdir, store, writer, progress, evaluator, at, latest)
+            evaluator = Evaluator(plan, place, writer)
+            run = Run(plan, place, workdir, store, writer, progress, evaluator, at, latest)
             if restored:
                 progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
             with StopOnSignal(run):
                 _run_stages(run)
             store.wait()
-            finish(workdir, progress.say)
+            if is_main():
+                finish(workdir, progress.say)
     finally:
         store.close()
 
@@ -107,9 +113,10 @@ def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snap
     first = plan.stages[0]
     params = store.initial_params()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    say(f'parent {plan.parent.pattern}: {parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)')
+    mesh = ' × '.join(f'{name}={size}' for name, size in store.place.mesh.shape.items() if size > 1) or '1'
+    say(f'parent {plan.parent.pattern}: {parameters:,} parameters on {mesh} {jax.default_backend()} device(s)')
     if first.kind == 'pretrain':
-        state = new_state(params, plan.optimizer(first))
+        state = store.place.make(lambda p: new_state(p, plan.optimizer(first)), params)
         return Snapshot(0, first.name, 0, state, {}, {}, plan.parent, {'full': plan.parent}, None)
     at = _order(plan, store, params, 0, first, say)
     store.save(at)
@@ -118,21 +125,30 @@ def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snap
 
 def _order(plan: Plan, store: persist.Store, params: Any, step: int, stage: Stage, say: Callable[[str], None]) -> Snapshot:
     """Orders the parent, pins it as the teacher, and stands before the first elastic stage."""
-    params, ordering, parent = order_parent(params, plan.parent, plan, say)
+    params, ordering, parent = order_parent(params, plan, store.place, say)
     archs = {'full': parent} | hand_archs(plan.config, parent, plan.layout)
     store.save_parent(params, parent, ordering)
-    return _enter(plan, stage, step, params, {}, ordering, parent, archs)
+    return _enter(plan, store.place, stage, step, params, {}, ordering, parent, archs)
 
 
 def _enter(
-    plan: Plan, stage: Stage, step: int, params: Any, router: Any, ordering: Ordering, parent: Arch, archs: dict[str, Arch]
+    plan: Plan,
+    place: Placement,
+    stage: Stage,
+    step: int,
+    params: Any,
+    router: Any,
+    ordering: Ordering,
+    parent: Arch,
+    archs: dict[str, Arch],
 ) -> Snapshot:
     """The snapshot at the start of a stage after pretraining."""
     if stage.kind == 'search':
-        router = init_router(jax.random.key(plan.config.seed + 2), plan.grid, len(plan.budgets))
-        state = new_state(params, plan.optimizer(stage), router, plan.router_optimizer())
+        router = place.make(lambda key: init_router(key, plan.grid, len(plan.budgets)), jax.random.key(plan.config.seed + 2))
+        start = lambda p, r: new_state(p, plan.optimizer(stage), r, plan.router_optimizer())
+        state = place.make(start, params, router)
     else:
-        state = new_state(params, plan.optimizer(stage))
+        state = place.make(lambda p: new_state(p, plan.optimizer(stage)), params)
     return Snapshot(step, stage.name, 0, state, router, ordering, parent, archs, None)
 
 
@@ -186,25 +202,31 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
             run.progress.say(f'{name}: {result.share:.1%} of the parent for a budget of {result.target:.1%}{reason}')
         run.writer.write('frozen', at.step, budgets=described)
         run.evaluator.hardening(run.at, archs, router)
-    return _enter(plan, following, at.step, at.state.params, router, at.ordering, at.parent, archs)
+    return _enter(plan, run.place, following, at.step, at.state.params, router, at.ordering, at.parent, archs)
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
     plan, config = run.plan, run.plan.config
     batches = make_iterator(
-        config.data, split='train', batch_size=stage.batch_size, context=stage.context, seed=config.seed + stage.start
+        config.data,
+        split='train',
+        batch_size=stage.batch_size,
+        context=stage.context,
+        seed=config.seed + stage.start,
+        rows=run.place.rows(stage.batch_size),
     )
     if run.at.data is not None:
         batches.set_state(run.at.data)
-    # Committed from the first step on: otherwise the second call, on the first one's outputs, would compile once more.
-    run.at = dataclasses.replace(run.at, state=jax.device_put(run.at.state, jax.local_devices()[0]))
+    # Placed from the first step on: otherwise the second call, on the first one's outputs, would compile once more.
+    run.at = dataclasses.replace(run.at, state=run.place.put(run.at.state))
     step_fn = _step_function(run, stage)
     pending: Callable[[], None] | None = None
     while run.at.stage_step < stage.steps:
         at = run.at
         fresh = at.stage_step > 0 and at.step != run.restored
         evaluating = fresh and config.eval.every and at.step % config.eval.every == 0
-        stopping = run.stop_requested  # looked at once: the signal may come at any moment
+        # Looked at once: the signal may come at any moment.
+        stopping = run.stop_requested or asked_to_stop(at.step)
         saving = stopping or (fresh and at.step % config.checkpoint.every == 0)
         if pending is not None and (saving or evaluating):
             # A checkpoint of step N comes after the line of step N, which a resumed run would not write again.
@@ -241,20 +263,21 @@ Step = Callable[[TrainState, dict[str, np.ndarray], int], tuple[TrainState, dict
 
 def _step_function(run: Run, stage: Stage) -> Step:
     """(state, batch, stage step) -> (state, metrics); one compiled program per tuple of budgets, kept."""
-    plan, parent = run.plan, run.at.parent
-    config, optimizer = plan.step_config(stage), plan.optimizer(stage)
-    device_batch = lambda batch: {key: batch[key] for key in ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')}
+    plan, seed = run.plan, run.plan.config.seed
+    place = dataclasses.replace(run.place, parent=run.at.parent)
+    program = partial(stage_program, plan, stage, run.at.archs, place)
+    put = lambda batch: place.put_batch({key: batch[key] for key in BATCH_KEYS}, stage.batch_size)
     if stage.kind == 'pretrain':
-        pretrain = make_pretrain_step(parent, optimizer, config, stage.config.balance_rate, stage.config.balance_loss)
-        return lambda state, batch, n: pretrain(state, device_batch(batch))
+        pretrain = program().fn
+        return lambda state, batch, n: pretrain(state, put(batch))
     teacher = _teacher(run) if plan.config.teacher == 'frozen' or stage.kind == 'search' else {}
-    seed = plan.config.seed
     if stage.kind == 'search':
-        search = make_search_step(parent, plan.search_config(stage), optimizer, plan.router_optimizer(), config)
+        search = program().fn
 
         def search_step(state: TrainState, batch: dict[str, np.ndarray], n: int) -> Any:
-            drawn = jnp.asarray(draw_budgets(stage, plan.budgets, n, seed), jnp.int32)
-            return search(state, teacher, device_batch(batch), drawn, jax.random.fold_in(jax.random.key(seed + 3), n))
+            drawn = np.asarray(draw_budgets(stage, plan.budgets, n, seed), np.int32)
+            key = jax.random.fold_in(jax.random.key(seed + 3), n)
+            return search(state, teacher, put(batch), *jax.device_put((drawn, key), place.whole))
 
         return search_step
     programs: dict[tuple[int, ...], Any] = {}
@@ -262,9 +285,7 @@ def _step_function(run: Run, stage: Stage) -> Step:
     def elastic_step(state: TrainState, batch: dict[str, np.ndarray], n: int) -> Any:
         drawn = draw_budgets(stage, plan.budgets, n, seed)
         if drawn not in programs:
-            budgets = [(plan.budgets[i], run.at.archs[plan.budgets[i]]) for i in drawn]
-            weights = loss_weights(stage, plan.budgets, drawn)
-            programs[drawn] = make_elastic_step(parent, budgets, weights, optimizer, config, plan.config.teacher)
-        return programs[drawn](state, teacher, device_batch(batch))
+            programs[drawn] = program(drawn).fn
+        return programs[drawn](state, teacher, put(batch))
 
     return elastic_step

@@ -21,8 +21,11 @@ from elastic_jax.model.params import abstract_params, init_params
 from elastic_jax.nest.ordering import Ordering, ordering_hash
 from elastic_jax.nest.relayout import relayout
 from elastic_jax.nest.router import init_router
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.processes import all_agree
+from elastic_jax.train.programs import abstract_state, abstract_teacher
 from elastic_jax.train.setup import Plan
-from elastic_jax.train.state import TrainState, new_state
+from elastic_jax.train.state import TrainState
 
 DONE = 'done'
 
@@ -54,8 +57,8 @@ class Snapshot:
 class Store:
     """Saves and restores snapshots in a workdir."""
 
-    def __init__(self, workdir: epath.Path, plan: Plan):
-        self.plan, self.workdir = plan, workdir
+    def __init__(self, workdir: epath.Path, plan: Plan, place: Placement):
+        self.plan, self.workdir, self.place = plan, workdir, place
         self.manager = CheckpointManager(workdir, keep=plan.config.checkpoint.keep)
         self.last: int | None = None
 
@@ -70,11 +73,16 @@ class Store:
 
     def initial_params(self) -> Any:
         """The parent's parameters: from `config.parent.checkpoint`, else random."""
-        config = self.plan.config
-        if config.parent.checkpoint:
-            stored = restore_slice(config.parent.checkpoint, self.plan.parent, dtype=jnp.float32)  # imports may be bfloat16
-            return relayout(stored, self.plan.parent, read_manifest(config.parent.checkpoint).layout, self.plan.layout)
-        return init_params(jax.random.key(config.seed), self.plan.parent, self.plan.layout)
+        checkpoint, parent, layout = self.plan.config.parent.checkpoint, self.plan.parent, self.plan.layout
+        if not checkpoint:
+            return self.place.make(lambda key: init_params(key, parent, layout), jax.random.key(self.plan.config.seed))
+        stored_layout = read_manifest(checkpoint).layout
+        as_stored = Placement(self.place.mesh, parent, stored_layout)
+        shardings = as_stored.shardings(abstract_params(parent, stored_layout))
+        params = restore_slice(checkpoint, parent, shardings, jnp.float32)  # imports may be bfloat16
+        if stored_layout == layout:
+            return params
+        return self.place.make(lambda p: relayout(p, parent, stored_layout, layout), params)
 
     def save(self, at: Snapshot) -> None:
         """Saves in the background; a step that is there already is left as it is."""
@@ -101,7 +109,8 @@ class Store:
         self.manager.save_parent(params, self._manifest(at))
 
     def restore_parent(self) -> Any:
-        return self.manager.restore_parent(abstract_params(self.plan.parent, self.plan.layout))
+        """The teacher, in the dtype that it is computed in."""
+        return self.manager.restore_parent(abstract_teacher(self.plan, self.place))
 
     def _manifest(self, at: Snapshot) -> Manifest:
         plan = self.plan
@@ -137,11 +146,16 @@ class Store:
         """
         problems = []
         for step in self.manager.steps():
+            found, problem = None, ''
             try:
-                return self._restore(step, read_manifest(self.manager.root / str(step)))
+                found = self._restore(step, read_manifest(self.manager.root / str(step)))
             except UserError as error:
-                problems.append(str(error))
-                print(f'elastic: checkpoint {step} is damaged and passed over: {error}', file=sys.stderr)
+                problem = str(error)
+            # Damage may lie in one process's part alone; all of them must go on from the same step.
+            if all_agree(found is not None):
+                return found
+            problems.append(problem or 'another process found damage in its part')
+            print(f'elastic: checkpoint {step} is damaged and passed over: {problems[-1]}', file=sys.stderr)
         if problems:
             raise UserError(
                 f'no checkpoint in {self.manager.root} is good: {problems[0]}; restore one, or take another --workdir'
@@ -156,17 +170,10 @@ class Store:
         stage = stages.get(manifest.stage, plan.stages[-1])
         searching, after_search = stage.kind == 'search', any(other.kind == 'search' for other in plan.stages)
         router = lambda: init_router(jax.random.key(0), plan.grid, len(plan.budgets))
-
-        def template() -> TrainState:
-            params = init_params(jax.random.key(0), plan.parent, plan.layout)
-            if searching:
-                return new_state(params, plan.optimizer(stage), router(), plan.router_optimizer())
-            return new_state(params, plan.optimizer(stage))
-
-        state = jax.eval_shape(template)
+        state = abstract_state(plan, stage, self.place)
         counters = {'step': state.step, 'skipped': state.skipped, 'bad_run': state.bad_run}
         ordered = stage.kind != 'pretrain'
-        saved_router = jax.eval_shape(router) if ordered and after_search else {}
+        saved_router = self.place.abstract(jax.eval_shape(router)) if ordered and after_search else {}
         abstract = {
             'params': state.params,
             'opt_state': {'optimizer': state.opt_state, 'router': state.router_opt_state, 'counters': counters},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, parse_widths, unknown_name
@@ -16,6 +18,9 @@ from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
 from elastic_jax.nest.budgets import Grid, Metric, make_grid, metric, resolve_targets
 from elastic_jax.nest.router import Anneal
+from elastic_jax.parallel.mesh import make_mesh
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.sharding import data_parallelism, mesh_problems
 from elastic_jax.train.config import build_arch
 from elastic_jax.train.curriculum import Stage, check_draws, make_stages
 from elastic_jax.train.state import make_optimizer
@@ -45,10 +50,33 @@ class Plan:
     def steps(self) -> int:
         return self.stages[-1].end
 
-    def step_config(self, stage: Stage) -> StepConfig:
+    def step_config(self, stage: Stage, mesh: Mesh | None = None) -> StepConfig:
+        config = self.config
         return StepConfig(
-            self.layout, jnp.dtype(self.config.dtype), self.config.remat, self.config.loss_chunk, stage.config.accumulate
+            layout=self.layout,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            chunk=config.loss_chunk,
+            accumulate=stage.config.accumulate,
+            scan=config.scan_layers,
+            mesh=mesh,
         )
+
+    def place(self, devices: Sequence[Any] | None = None) -> Placement:
+        """Where the run's arrays live, over `devices` (default: all). Raises one UserError that lists all that does not fit."""
+        mesh = make_mesh(self.config.mesh.to_dict(), devices)
+        problems, parts = mesh_problems(self.parent, self.layout, mesh), data_parallelism(mesh)
+        for stage in self.stages:
+            if stage.batch_size % (parts * stage.config.accumulate):
+                pieces = f' in {stage.config.accumulate} micro-batches' if stage.config.accumulate > 1 else ''
+                unit = parts * stage.config.accumulate
+                problems.append(
+                    f'stages.{stage.name}.batch_size={stage.batch_size} does not split over {parts} devices{pieces}; '
+                    f'take a multiple of {unit}, such as {-(-stage.batch_size // unit) * unit}, or a smaller config.mesh'
+                )
+        if problems:
+            raise UserError('; '.join(problems))
+        return Placement(mesh, self.parent, self.layout)
 
     def search_config(self, stage: Stage) -> SearchConfig:
         router = self.config.router

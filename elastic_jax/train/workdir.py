@@ -12,11 +12,14 @@ from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 
 # Keys that may change between runs of one experiment, since no number of the result depends on them.
-FREE = ('log_every', 'checkpoint', 'compilation_cache')
+FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh')
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes `config.json`, or checks that the workdir's own says the same. Raises UserError naming the keys that differ."""
+def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -> None:
+    """Writes `config.json`, or checks that the workdir's own says the same. Raises UserError naming the keys that differ.
+
+    Of several processes all check, and one has `write`.
+    """
     wanted = flatten(json.loads(config.to_json()))
     path = workdir / 'config.json'
     if path.exists():
@@ -31,7 +34,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         ]
         if differ and not _has_checkpoints(workdir):
             # Nothing was trained under the old config, which may be the mistake that is being mended.
-            path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+            if write:
+                path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
         elif differ:
             shown = ', '.join(f'{key}: {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differ[:5])
             more = f' and {len(differ) - 5} more' if len(differ) > 5 else ''
@@ -39,6 +43,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         return
     if _has_checkpoints(workdir):
         raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
+    if not write:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
 

@@ -1,0 +1,76 @@
+"""Reading a tree of arrays, every process its own parts, with no word between them: a damaged file is nobody's deadlock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from elastic_jax.checkpoint.database import Database
+from elastic_jax.errors import UserError
+
+
+def read_tree(directory: epath.Path, abstract: Any = None) -> Any:
+    """A tree of arrays as saved, in numpy, or as the ShapeDtypeStructs of `abstract` say: dtype, and sharding if they have one.
+
+    Raises: UserError naming the item and the leaf that is missing, damaged or of another shape.
+    """
+    try:
+        stored = ocp.PyTreeCheckpointHandler().metadata(directory).tree
+        database = Database(directory)
+    except Exception as error:  # Orbax raises just that for metadata it cannot read
+        raise _damaged(directory, error) from error
+    shapes = {_dotted(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored) if abstract is None else abstract
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        name = _dotted(path)
+        if name not in shapes:
+            raise UserError(f'{directory} lacks {name}; use another checkpoint')
+        if shapes[name] != tuple(leaf.shape):
+            raise UserError(f'{directory}: {name} has shape {shapes[name]}, expected {leaf.shape}; use another checkpoint')
+    try:
+        opened = jax.tree_util.tree_map_with_path(lambda path, leaf: (leaf, database.open(_dotted(path))), wanted)
+        is_opened = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], jax.ShapeDtypeStruct)
+        return jax.tree.map(lambda pair: _read(*pair), opened, is_leaf=is_opened)
+    except (ValueError, OSError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _read(leaf: jax.ShapeDtypeStruct, opening: Any) -> Any:
+    store = opening.result()
+    if leaf.sharding is None:
+        return store.read().result().astype(leaf.dtype, copy=False)
+    return read_sharded(leaf.shape, leaf.sharding, lambda index: store[index].read().result().astype(leaf.dtype, copy=False))
+
+
+def read_sharded(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Any) -> jax.Array:
+    """An array whose devices each read their own part, `read(index)`; replicas read it once."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def _damaged(directory: epath.Path, error: Exception) -> UserError:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f'{directory} is damaged or does not fit ({line}); use another checkpoint')
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """The name under which Orbax stores a leaf."""
+    return '.'.join(_key(part) for part in path)
+
+
+def _key(part: Any) -> str:
+    for attribute in ('key', 'name', 'idx'):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
