@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import math
 import threading
@@ -16,6 +15,7 @@ from etils import epath
 
 from elastic_jax.checkpoint.chunks import params_save
 from elastic_jax.checkpoint.manifest import Manifest
+from elastic_jax.checkpoint.memory import FreedMemory
 from elastic_jax.errors import WorkError
 
 # Bytes of leaves that are read and written at the same time; a larger leaf is alone.
@@ -48,7 +48,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        self.stopping, self.idle = False, threading.Event()
+        self.stopping, self.idle, self.freed = False, threading.Event(), FreedMemory()
         self.idle.set()
 
     async def _background_serialize(
@@ -65,7 +65,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             if self.stopping:
                 raise OSError('stopped')
             await serialize([await asyncio.to_thread(value.load)], [info], [arg])
-            _return_freed_memory()
+            self.freed.passed(value.nbytes)
             async with freed:
                 used -= need
                 freed.notify_all()
@@ -86,19 +86,12 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         self.idle.wait()
 
 
-def _return_freed_memory() -> None:
-    """Gives what was freed back to the system, where the C library can: tensorstore's threads leave it in their own pools."""
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:
-        trim(0)
-
-
 def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> None:
     """Writes step 0 of a new workdir from a tree of LazyLeaf.
 
     Raises: WorkError when it cannot be written; what was begun is then removed. Errors of `load` pass through.
     """
-    root = epath.Path(workdir) / 'checkpoints'
+    root = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax wants absolute paths
     arrays = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, arrays))
     handler = ocp.CompositeCheckpointHandler(

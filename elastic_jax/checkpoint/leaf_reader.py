@@ -10,6 +10,7 @@ from etils import epath
 
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.database import Database
+from elastic_jax.checkpoint.memory import FreedMemory
 from elastic_jax.checkpoint.stored import read_manifest, step_directory
 from elastic_jax.errors import UserError
 from elastic_jax.model.params import leaves, param_table
@@ -27,7 +28,7 @@ class LeafReader:
         problem = child.why_not_nested(manifest.arch)
         if problem:
             raise UserError(problem)
-        self.where = directory / 'params'
+        self.where, self.freed = directory / 'params', FreedMemory()
         self.table = param_table(child, manifest.layout.check(child))
         full = param_table(manifest.arch, manifest.layout)
         try:
@@ -57,9 +58,11 @@ class LeafReader:
         stored = self.stored[group, name]
         try:
             array = (stored if dtype is None else ts.cast(stored, dtype))[corner]
-            return (array if index is None else array[index]).read().result()
+            read = (array if index is None else array[index]).read().result()
         except (ValueError, OSError) as error:
             raise self._damaged(group, name, error) from error
+        self.freed.passed(read.nbytes)
+        return read
 
     def _damaged(self, group: str, name: str, error: Exception) -> UserError:
         return UserError(f'{self.where}: {group}/{name} is missing or damaged ({_first_line(error)}); use another checkpoint')

@@ -1,9 +1,11 @@
-"""Slices cost their size: bytes, seconds and memory of loading slices of a random checkpoint made on the spot.
+"""Slices cost their size: bytes, seconds and memory of loading and of writing slices of a random checkpoint made on the spot.
 
 python experiments/bench/slices.py --gb 3
 
-Each slice is loaded in a fresh process. Bytes are those that it asked the system to read (/proc/self/io, rchar), whatever
-the page cache held. The parameters are random bits, which no compression shortens, so stored bytes are the slice's bytes.
+Each slice is loaded (`Checkpoint.load`) and written (`elastic slice`) in a process of its own. Bytes are those that it asked
+the system to read (/proc/self/io, rchar), whatever the page cache held. Memory is the peak of the resident set while it works,
+over what it was before; the kernel's mark of the peak is reset in between. The parameters are random bits, which no
+compression shortens, so stored bytes are the slice's bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -11,13 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from elastic_jax.api import open_checkpoint
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE
 from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
 from elastic_jax.checkpoint.manifest import Budget, Manifest
-from elastic_jax.checkpoint.restore import restore_slice
 from elastic_jax.cost import cost_of
 from elastic_jax.layout import Layout
 from elastic_jax.model.params import leaves, map_table, param_table
@@ -92,17 +91,35 @@ def size_of(arch: Arch, dtype: np.dtype) -> int:
     return sum(int(np.prod(param.shape)) * (4 if param.float32 else dtype.itemsize) for _, _, param in leaves(table))
 
 
-def measured(work: Callable[[], Any]) -> dict[str, float]:
-    """Bytes that `work` read, its seconds, and how far it raised the process's peak of resident memory."""
-    read = lambda: int(Path('/proc/self/io').read_text().split()[1])
+def load(workdir: str, widths: dict[str, int]) -> None:
+    jax.block_until_ready(open_checkpoint(workdir).load(widths=widths).params)
+
+
+def write(workdir: str, widths: dict[str, int]) -> None:
+    open_checkpoint(workdir).slice(None, Path(workdir).parent / 'slice', widths=widths)
+
+
+WORK = {'load': load, 'slice': write}
+
+
+def measure(name: str, workdir: str, widths: dict[str, int]) -> dict[str, float]:
+    """Bytes that the work read, its seconds, and how far resident memory rose above where it was."""
     jax.block_until_ready(jax.numpy.zeros(1) + 1)  # JAX itself is not what is measured
-    base, before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, read(), time.perf_counter()
-    result = work()
+    Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+    resting, before, begun = status('VmRSS'), bytes_read(), time.perf_counter()
+    WORK[name](workdir, widths)
     seconds = time.perf_counter() - begun
-    after = read()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
-    return {'size': size, 'read': after - before, 'seconds': seconds, 'rss': peak * 1024}
+    return {'read': bytes_read() - before, 'seconds': seconds, 'peak': status('VmHWM') - resting}
+
+
+def bytes_read() -> int:
+    return int(Path('/proc/self/io').read_text().split()[1])
+
+
+def status(field: str) -> int:
+    """Bytes that the kernel counts under this name for this process."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f'{field}:')) * 1024
 
 
 def main() -> None:
@@ -110,29 +127,39 @@ def main() -> None:
     parser.add_argument('--gb', type=float, default=2.0, help='size of the checkpoint')
     parser.add_argument('--dtype', choices=('bfloat16', 'float32'), default='bfloat16')
     parser.add_argument('--dir', type=Path, help='where the checkpoint is made (default: the system folder for such files)')
-    parser.add_argument('--load', nargs=2, metavar=('WORKDIR', 'WIDTHS'), help=argparse.SUPPRESS)
+    parser.add_argument('--work', nargs=3, metavar=('NAME', 'WORKDIR', 'WIDTHS'), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.load:
-        arch = open_checkpoint(args.load[0]).arch_of(widths=json.loads(args.load[1]))
-        print(json.dumps(measured(lambda: jax.block_until_ready(restore_slice(args.load[0], arch)))))
+    if args.work:
+        name, workdir, widths = args.work
+        print(json.dumps(measure(name, workdir, json.loads(widths))))
         return
+    dtype = np.dtype(getattr(ml_dtypes, args.dtype, args.dtype))
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         workdir = Path(folder) / 'work'
-        seconds = make_checkpoint(workdir, args.gb, np.dtype(getattr(ml_dtypes, args.dtype, args.dtype)))
+        seconds = make_checkpoint(workdir, args.gb, dtype)
         stored = sum(path.stat().st_size for path in (workdir / 'checkpoints' / '0' / 'params').rglob('*') if path.is_file())
         begun = time.perf_counter()
         shutil.copytree(workdir, Path(folder) / 'copy')
         copied = time.perf_counter() - begun
         shutil.rmtree(Path(folder) / 'copy')
-        print(f'{args.dtype}: stored {stored / 1e9:.3f} GB, written in {seconds:.1f} s, copied in {copied:.1f} s')
-        print(f'{"slice":26} {"GB":>6} {"read/size":>9} {"seconds":>8} {"peak RSS/size":>13}')
-        depth = len(open_checkpoint(workdir).arch.mixers)
+        parent = open_checkpoint(workdir).arch
+        over = 100 * (stored / size_of(parent, dtype) - 1)
+        print(f'{args.dtype}: stored {stored / 1e9:.3f} GB ({over:.2f} % over), written {seconds:.1f} s, copied {copied:.1f} s')
+        print('peak: GB of resident memory over what it was; over size: that less 1.2 x the slice, which may be 0.2 at most')
+        print(f'{"slice":26} {"GB":>6} {"work":>5} {"read/size":>9} {"seconds":>8} {"peak":>6} {"over size":>9}')
         for name, widths in BUDGETS.items():
-            widths = {axis: depth * 3 // 4 if axis == 'layers' else width for axis, width in widths.items()}
-            command = [sys.executable, __file__, '--load', str(workdir), json.dumps(widths)]
-            line = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            ratio, rss = line['read'] / line['size'], line['rss'] / line['size']
-            print(f'{name:26} {line["size"] / 1e9:6.3f} {ratio:9.4f} {line["seconds"]:8.2f} {rss:13.2f}', flush=True)
+            widths = {axis: len(parent.mixers) * 3 // 4 if axis == 'layers' else width for axis, width in widths.items()}
+            size = size_of(parent.narrow(widths), dtype)
+            for work in WORK:
+                command = [sys.executable, __file__, '--work', work, str(workdir), json.dumps(widths)]
+                done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                shutil.rmtree(Path(folder) / 'slice', ignore_errors=True)
+                over = (done['peak'] - 1.2 * size) / 1e9
+                print(
+                    f'{name:26} {size / 1e9:6.3f} {work:>5} {done["read"] / size:9.4f} {done["seconds"]:8.2f} '
+                    f'{done["peak"] / 1e9:6.3f} {over:9.3f}',
+                    flush=True,
+                )
 
 
 if __name__ == '__main__':
