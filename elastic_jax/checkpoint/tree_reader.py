@@ -25,25 +25,24 @@ def read_tree(directory: epath.Path, abstract: Any = None) -> Any:
         raise _damaged(directory, error) from error
     shapes = {_dotted(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored) if abstract is None else abstract
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+    named, treedef = jax.tree_util.tree_flatten_with_path(wanted)
+    for path, leaf in named:
         name = _dotted(path)
         if name not in shapes:
             raise UserError(f'{directory} lacks {name}; use another checkpoint')
         if shapes[name] != tuple(leaf.shape):
             raise UserError(f'{directory}: {name} has shape {shapes[name]}, expected {leaf.shape}; use another checkpoint')
     try:
-        opened = jax.tree_util.tree_map_with_path(lambda path, leaf: (leaf, database.open(_dotted(path))), wanted)
-        is_opened = lambda node: isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], jax.ShapeDtypeStruct)
-        return jax.tree.map(lambda pair: _read(*pair), opened, is_leaf=is_opened)
+        opening = [database.open(_dotted(path)) for path, _ in named]
+        return treedef.unflatten(_read(leaf, store.result()) for (_, leaf), store in zip(named, opening, strict=True))
     except (ValueError, OSError) as error:
         raise _damaged(directory, error) from error
 
 
-def _read(leaf: jax.ShapeDtypeStruct, opening: Any) -> Any:
-    store = opening.result()
-    if leaf.sharding is None:
-        return store.read().result().astype(leaf.dtype, copy=False)
-    return read_sharded(leaf.shape, leaf.sharding, lambda index: store[index].read().result().astype(leaf.dtype, copy=False))
+def _read(leaf: Any, store: Any) -> Any:
+    read = lambda index: store[index].read().result().astype(leaf.dtype, copy=False)
+    sharding = getattr(leaf, 'sharding', None)
+    return read(()) if sharding is None else read_sharded(leaf.shape, sharding, read)
 
 
 def read_sharded(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Any) -> jax.Array:

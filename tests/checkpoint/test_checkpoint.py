@@ -136,7 +136,8 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(finished
         path = folder / 'metadata' if (folder / 'metadata').exists() else largest_file(folder)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]) if how == 'truncated' else path.unlink()
 
-    store = Store(tmp_path / 'run', make_plan(get_config()))
+    plan = make_plan(get_config())
+    store = Store(tmp_path / 'run', plan, plan.place())
     assert store.restore_newest().step == steps[0]
     damage(steps[0])
     assert store.restore_newest().step == steps[1]

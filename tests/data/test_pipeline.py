@@ -59,7 +59,7 @@ def plain_rows(store: TokenStore, context: int, seed: int, count: int) -> list[d
 )
 def test_rows_are_those_of_a_plain_loop_over_epochs(lengths, context, batch_size, seed):
     store = make_store(lengths)
-    source = PackedBatches(store, batch_size, context, seed, 0, 1)
+    source = PackedBatches(store, batch_size, context, seed)
     expected = plain_rows(store, context, seed, 3 * batch_size)
     for k in range(3):
         batch = source[k]
@@ -71,7 +71,7 @@ def test_rows_are_those_of_a_plain_loop_over_epochs(lengths, context, batch_size
 def test_an_epoch_holds_every_document_once_and_epochs_differ_in_order():
     store = make_store([3, 5, 7, 2, 9, 4])
     total = len(store.tokens)
-    source = PackedBatches(store, 1, total, 0, 0, 1)
+    source = PackedBatches(store, 1, total, 0)
     first, second = source[0]['tokens'][0], source[1]['tokens'][0]
     np.testing.assert_array_equal(np.sort(first), np.sort(store.tokens))
     np.testing.assert_array_equal(np.sort(second), np.sort(store.tokens))
