@@ -1,42 +1,69 @@
-"""Corpora: named documents from the standard library, text files or JSONL, split by content into train and held-out."""
+"""Corpora: named documents from the standard library, text, JSONL, Parquet or ArrayRecord files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from etils import epath
-
+from elastic_jax.data.chat import ChatTemplate, is_chat
+from elastic_jax.data.config import SourceConfig
+from elastic_jax.data.files import File, check_encoding, encoding_of, expand, lines, recoded
+from elastic_jax.data.records import READERS, Record
+from elastic_jax.data.report import Report
 from elastic_jax.errors import UserError
-
-TEXT_SUFFIXES = ('.txt', '.md', '.py', '.rst', '.text')
 
 
 class Document(NamedTuple):
-    """One document: where it came from, and its bytes."""
+    """One document: where it came from, its text in UTF-8 (or any bytes), and where in a chat the answers are, in characters."""
 
     name: str
     content: bytes
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
-def documents(path: str, field: str, max_bad_lines: int) -> Iterator[Document]:
-    """Every document of a corpus, in a fixed order.
+def documents(source: SourceConfig, template: ChatTemplate | None, report: Report) -> Iterator[Document]:
+    """Every document of a source, in a fixed order; what is passed over is counted in `report`.
 
     Args:
-      path: a text or JSONL file, a folder of them, or a glob pattern, at any path that epath can open; empty for the Python
-        standard library's own source.
-      field: the field of a JSONL line that holds the text.
-      max_bad_lines: how many damaged JSONL lines are passed over before that is an error.
-    Raises: UserError naming the path (and line) when there is nothing to read.
+      template: renders chats. Raises: UserError naming the file (and line) when there is nothing to read, or more lines are
+      damaged than `source.max_bad_lines`.
     """
-    yield from _files(path, field, max_bad_lines) if path else _stdlib()
+    check_encoding(source.encoding)
+    if not source.path:
+        if source.loss == 'answers':
+            raise UserError(
+                "data.loss='answers' needs chats, but data.path is empty, which stands for the standard library's source"
+            )
+        yield from _stdlib(report)
+        return
+    for file in expand(source.path):
+        report.files += 1
+        before = (report.documents, report.bad_lines)
+        try:
+            if not file.system.info(file.path).get('size', 1):
+                report.empty_files += 1
+                continue
+            kind = source.format or file.format
+            found = _text(file, source, report) if kind == 'text' else _records(file, kind, source, template, report)
+            for document in found:
+                if document.content.strip():
+                    report.documents += 1
+                    yield document
+                else:
+                    report.empty_documents += 1
+        except OSError as error:
+            why = ' '.join(str(error.strerror or error).split())
+            raise UserError(f'data.path: {file.name} cannot be read ({why}); check that it exists and is readable') from error
+        if (report.documents, report.bad_lines) == before:
+            report.empty_files += 1
+    if not report.documents:
+        raise UserError(f'data.path {source.path} has no text in {report.files} file(s); give files that are not empty')
 
 
-def _stdlib() -> Iterator[Document]:
+def _stdlib(report: Report) -> Iterator[Document]:
     """The standard library's .py files, read as bytes (a few are not UTF-8), without any tests."""
     root = Path(sysconfig.get_paths()['stdlib'])
     for path in sorted(root.rglob('*.py')):
@@ -47,74 +74,89 @@ def _stdlib() -> Iterator[Document]:
             continue
         content = path.read_bytes()
         if content.strip():
+            report.files += 1
+            report.documents += 1
             yield Document('/'.join(parts), content)
 
 
-def _files(pattern: str, field: str, max_bad_lines: int) -> Iterator[Document]:
-    paths = list(_expand(pattern))
-    if not paths:
-        raise UserError(f'data.path {pattern} matches no file; give an existing text or JSONL file, a folder, or a glob pattern')
-    bad: list[str] = []
-    found = False
-    for path in paths:
+def _text(file: File, source: SourceConfig, report: Report) -> Iterator[Document]:
+    """The whole file as one document, without the lines that cannot be decoded."""
+    if source.loss == 'answers':
+        raise UserError(
+            f"{file.name} is text, but data.loss='answers' needs chats: a JSONL field with messages, or data.loss='all'"
+        )
+    with file.open() as stream:
+        encoding = encoding_of(stream, source.encoding, report)
+        begun = stream.tell()
+        content = stream.read()
         try:
-            if str(path).endswith(('.jsonl', '.ndjson')):
-                documents_here = _jsonl(path, field, bad, max_bad_lines)
-            else:
-                documents_here = iter([Document(str(path), path.read_bytes())])
-            for document in documents_here:
-                if document.content.strip():
-                    found = True
-                    yield document
-        except OSError as error:
-            raise UserError(
-                f'data.path: {path} cannot be read ({error.strerror or error}); check that it exists and is readable'
-            ) from error
-    if not found:
-        raise UserError(f'data.path {pattern} has no text in {len(paths)} file(s); give files that are not empty')
+            yield Document(file.name, recoded(content, encoding))
+        except UnicodeDecodeError:
+            stream.seek(begun)
+            good = []
+            for number, line, problem in lines(stream, encoding):
+                if line is None:
+                    report.damaged(f'{file.name}:{number}', problem)
+                else:
+                    good.append(line)
+            yield Document(file.name, b''.join(good))
 
 
-def _expand(pattern: str) -> Iterator[epath.Path]:
-    path = epath.Path(pattern)
-    if any(mark in pattern for mark in '*?['):
-        fixed = [part for part in path.parts if not any(mark in part for mark in '*?[')]
-        root = epath.Path(*path.parts[: path.parts.index(next(p for p in path.parts if p not in fixed))])
-        yield from sorted(found for found in root.glob('/'.join(path.parts[len(root.parts) :])) if found.is_file())
-    elif path.is_dir():
-        suffixes = (*TEXT_SUFFIXES, '.jsonl', '.ndjson')
-        yield from sorted(found for found in _walk(path) if str(found).endswith(suffixes))
-    else:
-        yield path
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry)
+def _records(file: File, kind: str, source: SourceConfig, template: ChatTemplate | None, report: Report) -> Iterator[Document]:
+    for record in READERS[kind](file, (source.field, 'tools'), source.encoding, report):
+        problem, document = record.problem, None
+        if not problem:
+            problem, document = _document(record, source, template)
+        if problem:
+            report.damaged(record.where, problem)
         else:
-            yield entry
+            yield document
 
 
-def _jsonl(path: epath.Path, field: str, bad: list[str], max_bad_lines: int) -> Iterator[Document]:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+def _document(record: Record, source: SourceConfig, template: ChatTemplate | None) -> tuple[str, Document | None]:
+    """('', the document) of a good record, or (the problem, None)."""
+    field, value, tools = source.field, record.value, None
+    if isinstance(value, dict):
+        if field not in value:
+            return f'has no field {field!r}', None
+        value, tools = value[field], value.get('tools')
+    elif field and not isinstance(value, bytes):
+        return f'is no object with a field {field!r}', None
+    if isinstance(value, bytes):
         try:
-            text = json.loads(line)[field]
-            if not isinstance(text, str):
-                raise TypeError(f'field {field!r} is {type(text).__name__}, not text')
-        except KeyError:
-            problem = f'has no field {field!r}'
-        except (ValueError, TypeError) as error:
-            problem = f'cannot be read ({error})'
-        else:
-            yield Document(f'{path}:{number}', text.encode())
-            continue
-        bad.append(f'{path}:{number} {problem}')
-        if len(bad) > max_bad_lines:
-            raise UserError(
-                f'{bad[-1]}; {len(bad)} damaged line(s) where data.max_bad_lines={max_bad_lines}: mend them, or allow more'
-            )
+            value = recoded(value, source.encoding)
+        except UnicodeDecodeError:
+            return f'is not {source.encoding}', None
+    elif isinstance(value, str):
+        try:
+            value = value.encode()
+        except UnicodeEncodeError:
+            return 'cannot be read (half a surrogate pair)', None
+    if isinstance(value, bytes):
+        if source.loss == 'answers':
+            return f"field {field!r} is text, but data.loss='answers' needs a chat (a list of messages)", None
+        return '', Document(record.where, value)
+    return _chat(record.where, field, value, tools, source, template)
+
+
+def _chat(
+    where: str, field: str, value: Any, tools: Any, source: SourceConfig, template: ChatTemplate | None
+) -> tuple[str, Document | None]:
+    if not is_chat(value):
+        return f'cannot be read (field {field!r} is {type(value).__name__}, not text or a list of messages)', None
+    if template is None:
+        raise UserError(
+            f'{where} is a chat, but the tokenizer in {source.tokenizer} has no chat template; '
+            'give a file with one as data.chat_template'
+        )
+    try:
+        text, answers = template.render(value, tools)
+        content = text.encode()
+    except (ValueError, TypeError) as error:
+        return f'cannot be rendered as a chat ({" ".join(str(error).split())})', None
+    if source.loss == 'answers' and not answers:
+        return "has no answer to score (data.loss='answers')", None
+    return '', Document(where, content, answers)
 
 
 def is_heldout(content: bytes, fraction: float) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from elastic_jax.data.chat import CHATML, Spans
 from elastic_jax.errors import UserError
 
 # What a Hugging Face tokenizer's folder may hold that reading text, rendering chats and exporting need.
@@ -30,12 +32,21 @@ class Tokenizer(Protocol):
     spec: dict[str, Any]
     vocab_size: int
     eos_id: int
+    chat_template: str | None
 
     def encode(self, text: str | bytes) -> np.ndarray: ...
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]: ...
+
+    def encode_spans(self, text: bytes, spans: Spans) -> tuple[np.ndarray, np.ndarray]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def byte_lengths(self) -> np.ndarray: ...
+
+    def special_tokens(self) -> dict[str, str]: ...
+
+    def identity(self) -> str: ...
 
 
 class ByteTokenizer:
@@ -44,11 +55,24 @@ class ByteTokenizer:
     spec = {'kind': 'bytes'}  # noqa: RUF012 - never written to.
     vocab_size = 257
     eos_id = 256
+    chat_template = CHATML
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids [n], int32."""
         raw = text.encode() if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Token ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def encode_spans(self, text: bytes, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, whether each lies in one of the spans of characters), [n] each."""
+        ids, inside, decoded = self.encode(text), np.zeros(len(text), np.bool_), text.decode()
+        for begin, end in spans:
+            first = len(decoded[:begin].encode())
+            inside[first : first + len(decoded[begin:end].encode())] = True
+        return ids, inside
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text; ids that are no byte are left out, bytes that are no UTF-8 are replaced."""
@@ -57,6 +81,14 @@ class ByteTokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, [vocab_size]."""
         return np.asarray([1] * 256 + [0], np.int32)
+
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the tokens that chat templates name; bytes have none."""
+        return {}
+
+    def identity(self) -> str:
+        """What tells this tokenizer from others."""
+        return 'bytes'
 
 
 class HFTokenizer:
@@ -76,6 +108,7 @@ class HFTokenizer:
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.config = _read_json(Path(folder) / 'tokenizer_config.json')
         self.eos_id = self._special('eos_token')
+        self.chat_template = _chat_template(Path(folder), self.config)
 
     def _special(self, name: str) -> int:
         token = self.config.get(name)
@@ -93,6 +126,20 @@ class HFTokenizer:
         """Token ids [n], int32, without special tokens."""
         text = text.decode(errors='replace') if isinstance(text, bytes) else text
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Token ids of several texts, on all cores."""
+        found = self.tokenizer.encode_batch_fast([text.decode(errors='replace') for text in texts], add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+
+    def encode_spans(self, text: bytes, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, whether each begins in one of the spans of characters), [n] each."""
+        encoding = self.tokenizer.encode(text.decode(), add_special_tokens=False)
+        begins = np.asarray([begin for begin, _ in encoding.offsets], np.int64)
+        inside = np.zeros(len(begins), np.bool_)
+        for begin, end in spans:
+            inside |= (begins >= begin) & (begins < end)
+        return np.asarray(encoding.ids, np.int32), inside
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -113,6 +160,31 @@ class HFTokenizer:
             else:
                 lengths[i] = len(token.replace('\u2581', ' ').encode())
         return lengths
+
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the tokens that chat templates name, such as bos_token."""
+        found = {}
+        for name, token in self.config.items():
+            text = token.get('content') if isinstance(token, dict) else token
+            if name.endswith('_token') and isinstance(text, str):
+                found[name] = text
+        return found
+
+    def identity(self) -> str:
+        """What tells this tokenizer from others, wherever its folder lies."""
+        content = json.dumps([self.tokenizer.to_str(), self.eos_id, self.chat_template, self.special_tokens()])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The tokenizer's chat template: a file of its own, or in tokenizer_config.json (of several, the one named default)."""
+    own = folder / 'chat_template.jinja'
+    if own.is_file():
+        return own.read_text()
+    found = config.get('chat_template')
+    if isinstance(found, list):
+        found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)}.get('default')
+    return found if isinstance(found, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

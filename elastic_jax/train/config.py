@@ -103,6 +103,8 @@ def stage(kind: str, steps: int, context: int, batch_size: int, **changes: Any) 
             'balance_loss': 0.0,
             # Keys of config.optimizer that differ in this stage.
             'optimizer': ConfigDict(convert_dict=False),
+            # Keys of config.data that differ in this stage, such as weights={'code': 0.7, 'chat': 0.3}.
+            'data': ConfigDict(convert_dict=False),
         }
     )
     for key, value in changes.items():

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch
 from elastic_jax.cost import cost_of
-from elastic_jax.data.pipeline import BatchIterator, load_store, make_iterator
+from elastic_jax.data.pipeline import BatchIterator, make_iterator, read_all
 from elastic_jax.metrics import MetricsWriter
 from elastic_jax.nest.freeze import freeze
 from elastic_jax.nest.ordering import Ordering
@@ -65,8 +65,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     after SIGTERM, when everything is saved.
     """
     plan = make_plan(config)
-    for split in ('train', 'heldout'):
-        load_store(config.data, split)  # a corpus that cannot be read is said before anything is written
+    # A corpus that cannot be read is said before anything is written.
+    passed_over = read_all([config.data, *(plan.data(stage) for stage in plan.stages)])
     workdir = epath.Path(workdir)
     place = plan.place()
     claim_workdir(workdir, config, write=is_main())
@@ -79,6 +79,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         restored = store.restore_newest()
         latest = None if restored is None else restored.step
         with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}, is_main()) as progress:
+            for sentence in passed_over:
+                progress.say(sentence)
             at = restored or _begin(plan, store, progress.say)
             writer = MetricsWriter(workdir, latest, is_main())
             if restored is None:
@@ -208,7 +210,7 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
 def _run_stage(run: Run, stage: Stage) -> None:
     plan, config = run.plan, run.plan.config
     batches = make_iterator(
-        config.data,
+        plan.data(stage),
         split='train',
         batch_size=stage.batch_size,
         context=stage.context,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, parse_widths, unknown_name
 from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.data.config import sources_of, stage_data
 from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
@@ -84,6 +85,10 @@ class Plan:
         targets = tuple(self.targets.items())
         return SearchConfig(self.grid, targets, self.measure, anneal, stage.steps, router.weight, router.dead_zone, router.anchor)
 
+    def data(self, stage: Stage) -> ConfigDict:
+        """`config.data` as the stage has it."""
+        return stage_data(self.config.data, stage.config.data)
+
     def optimizer(self, stage: Stage) -> optax.GradientTransformation:
         merged = ConfigDict(self.config.optimizer.to_dict() | dict(stage.config.optimizer))
         return make_optimizer(merged, stage.steps)
@@ -127,6 +132,7 @@ def make_plan(config: ConfigDict) -> Plan:
                 "use the parent's own tokenizer (config.data.tokenizer) or a larger config.arch.vocab"
             )
     for stage in stages or ():
+        attempt(lambda stage=stage: sources_of(stage_data(config.data, stage.config.data)))
         if stage.kind != 'pretrain' and targets:
             attempt(check_draws, stage, tuple(targets))
     if stages and targets:

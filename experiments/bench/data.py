@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from elastic_jax.data.pipeline import default_data_config, load_store, make_iterator
+from elastic_jax.data.pipeline import default_data_config, load_stores, make_iterator
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = default_data_config()
     begun = time.perf_counter()
-    store = load_store(config, 'train')
+    (store,) = load_stores(config, 'train').values()
     print(f'read and tokenised {len(store.tokens) / 1e6:.1f} M tokens in {time.perf_counter() - begun:.1f} s')
     print(f'{"batch":>14s}{"M tokens/s":>14s}{"of a copy":>12s}')
     for batch_size, context in ((8, 256), (8, 1024), (16, 8192)):

@@ -4,78 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from elastic_jax.data.pipeline import PackedBatches, TokenStore, default_data_config, heldout_batches, load_store, make_iterator
+from elastic_jax.data.pipeline import default_data_config, heldout_batches, load_stores, make_iterator
+from elastic_jax.data.store import TokenStore
 from elastic_jax.errors import UserError
 
-EOS = 256
 
-
-def make_store(lengths: list[int]) -> TokenStore:
-    """Documents of distinct tokens: token value tells document and place."""
-    documents = [np.append(np.arange(n) + 1000 * i, EOS) for i, n in enumerate(lengths)]
-    starts = np.concatenate([[0], np.cumsum([len(d) for d in documents])])
-    return TokenStore(np.concatenate(documents).astype(np.int32), starts, np.ones(10**6, np.float32), 'test')
-
-
-def plain_rows(store: TokenStore, context: int, seed: int, count: int) -> list[dict]:
-    """The first rows of the stream, token by token."""
-    stream: list[tuple[int, tuple[int, int]]] = []
-    epoch = 0
-    while len(stream) < count * context + 1:
-        for document in np.random.default_rng([seed, epoch]).permutation(store.documents):
-            tokens = store.tokens[store.starts[document] : store.starts[document + 1]]
-            stream += [(int(token), (epoch, int(document))) for token in tokens]
-        epoch += 1
-    rows = []
-    for r in range(count):
-        own, following = stream[r * context : (r + 1) * context], stream[r * context + 1 : (r + 1) * context + 1]
-        segment, position, segments, positions = 0, 0, [], []
-        for i, (_, name) in enumerate(own):
-            fresh = i == 0 or name != own[i - 1][1]
-            segment, position = (segment + 1, 0) if fresh else (segment, position + 1)
-            segments.append(segment)
-            positions.append(position)
-        same = [a[1] == b[1] for a, b in zip(own, following, strict=True)]
-        rows.append(
-            {
-                'tokens': [token for token, _ in own],
-                'targets': [token if ok else 0 for (token, _), ok in zip(following, same, strict=True)],
-                'segment_ids': segments,
-                'positions': positions,
-                'loss_mask': [float(ok) for ok in same],
-            }
-        )
-    return rows
-
-
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
-    context=st.integers(1, 24),
-    batch_size=st.integers(1, 4),
-    seed=st.integers(0, 5),
-)
-def test_rows_are_those_of_a_plain_loop_over_epochs(lengths, context, batch_size, seed):
-    store = make_store(lengths)
-    source = PackedBatches(store, batch_size, context, seed)
-    expected = plain_rows(store, context, seed, 3 * batch_size)
-    for k in range(3):
-        batch = source[k]
-        for key in expected[0]:
-            rows = [row[key] for row in expected[k * batch_size : (k + 1) * batch_size]]
-            np.testing.assert_array_equal(batch[key], rows, err_msg=key)
-
-
-def test_an_epoch_holds_every_document_once_and_epochs_differ_in_order():
-    store = make_store([3, 5, 7, 2, 9, 4])
-    total = len(store.tokens)
-    source = PackedBatches(store, 1, total, 0)
-    first, second = source[0]['tokens'][0], source[1]['tokens'][0]
-    np.testing.assert_array_equal(np.sort(first), np.sort(store.tokens))
-    np.testing.assert_array_equal(np.sort(second), np.sort(store.tokens))
-    assert (first != second).any()
+def load_store(config, split: str) -> TokenStore:
+    """The one source's tokens."""
+    (store,) = load_stores(config, split).values()
+    return store
 
 
 # Of two processes, of four, and of two whose devices alternate in the mesh.

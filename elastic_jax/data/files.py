@@ -1,0 +1,142 @@
+"""Files of a corpus: found by path, folder or glob pattern in any file system fsspec knows, and read line by line."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from elastic_jax.data.report import Report
+from elastic_jax.errors import UserError
+
+TEXT_SUFFIXES = ('.txt', '.md', '.py', '.rst', '.text')
+FORMAT_OF_SUFFIX = {
+    **dict.fromkeys(TEXT_SUFFIXES, 'text'),
+    '.jsonl': 'jsonl',
+    '.ndjson': 'jsonl',
+    '.parquet': 'parquet',
+    '.array_record': 'arrayrecord',
+    '.arrayrecord': 'arrayrecord',
+}
+COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file of a file system."""
+
+    system: Any
+    path: str
+
+    @property
+    def name(self) -> str:
+        """As errors and documents name it."""
+        return self.path if 'file' in _protocols(self.system) else self.system.unstrip_protocol(self.path)
+
+    @property
+    def format(self) -> str:
+        """What the name says the file is; 'text' when it says nothing."""
+        plain = next((self.path.removesuffix(end) for end in COMPRESSED if self.path.endswith(end)), self.path)
+        return next((kind for suffix, kind in FORMAT_OF_SUFFIX.items() if plain.endswith(suffix)), 'text')
+
+    def open(self) -> Any:
+        """The bytes, decompressed by suffix, as a binary file."""
+        return self.system.open(self.path, 'rb', compression='infer')
+
+    def open_raw(self) -> Any:
+        return self.system.open(self.path, 'rb')
+
+    def stamp(self) -> list[Any]:
+        """What changes when the file does: name, size, and time or the file system's own mark."""
+        info = self.system.info(self.path)
+        mark = info.get('mtime') if 'mtime' in info else self.system.ukey(self.path)
+        return [self.name, info.get('size'), mark]
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def expand(pattern: str) -> list[File]:
+    """The files of a path, a folder (those with a known suffix, at any depth), or a glob pattern, sorted.
+
+    Raises: UserError when the path cannot be looked at, or a pattern or folder holds no file.
+    """
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        if any(mark in path for mark in '*?[') and not system.exists(path):
+            found = [name for name in system.glob(path) if system.isfile(name)]
+        elif system.isdir(path):
+            suffixes = tuple(FORMAT_OF_SUFFIX) + tuple(s + end for s in FORMAT_OF_SUFFIX for end in COMPRESSED)
+            found = [name for name in system.find(path) if name.endswith(suffixes)]
+        elif system.exists(path):
+            found = [path]
+        else:
+            raise FileNotFoundError(2, 'No such file or directory')
+    except ImportError as error:
+        raise UserError(f'data.path: {pattern} needs a package that is not installed ({error})') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'data.path: {pattern} cannot be read ({_why(error)}); check that it exists and is readable') from error
+    if not found:
+        raise UserError(
+            f'data.path {pattern} matches no file; give an existing file of text, JSONL, Parquet or ArrayRecord, a folder, '
+            'or a glob pattern'
+        )
+    return [File(system, name) for name in sorted(found)]
+
+
+def _why(error: BaseException) -> str:
+    return ' '.join(str(getattr(error, 'strerror', None) or error).split())
+
+
+def encoding_of(stream: Any, encoding: str, report: Report) -> str:
+    """The encoding of a file just opened: as configured, unless a byte order mark says otherwise.
+
+    The stream then stands after the mark. UTF-16 found so is counted in `report`.
+    """
+    head = stream.read(4)
+    mark = next((mark for mark in (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) if head.startswith(mark)), b'')
+    stream.seek(len(mark))
+    if mark == codecs.BOM_UTF8:
+        return 'utf-8'
+    if mark:
+        report.recoded_files += 1
+        return 'utf-16-le' if mark == codecs.BOM_UTF16_LE else 'utf-16-be'
+    return encoding
+
+
+def lines(stream: Any, encoding: str) -> Iterator[tuple[int, bytes | None, str]]:
+    """(number from 1, the line in UTF-8 with its end, what is wrong with it) of a binary file; the line is None when damaged."""
+    wide = codecs.lookup(encoding).name.startswith(('utf-16', 'utf-32'))
+    if wide:  # line ends are several bytes: an undecodable one shows as U+FFFD
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding, errors='replace', newline='\n'), start=1):
+            damaged = '\ufffd' in line
+            yield number, None if damaged else line.encode(), f'is not {encoding}' if damaged else ''
+        return
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield number, recoded(line, encoding), ''
+        except UnicodeDecodeError as error:
+            wrong = f'byte 0x{line[error.start]:02x} at column {error.start + 1}'
+            yield number, None, f'is not {encoding} ({wrong}): give its encoding as data.encoding'
+
+
+def recoded(content: bytes, encoding: str) -> bytes:
+    """Bytes of some encoding as UTF-8; 'bytes' takes them as they are. Raises UnicodeDecodeError."""
+    if encoding == 'bytes':
+        return content
+    text = content.decode(encoding)
+    return content if encoding == 'utf-8' else text.encode()
+
+
+def check_encoding(encoding: str) -> None:
+    """Raises UserError for an encoding that Python does not know."""
+    if encoding != 'bytes':
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise UserError(f'data.encoding={encoding!r} is unknown; use utf-8, latin-1, cp1252, utf-16, … or bytes') from error

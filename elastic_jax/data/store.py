@@ -1,0 +1,131 @@
+"""Tokenised corpora: all tokens of a source end to end, in memory or memory-mapped from a cache folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from elastic_jax.data.cache import ArrayFiles, cached, source_key
+from elastic_jax.data.chat import load_template
+from elastic_jax.data.config import SourceConfig
+from elastic_jax.data.report import Report
+from elastic_jax.data.sources import Document, documents, is_heldout
+from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
+
+SPLITS = ('train', 'heldout')
+BATCH_BYTES = 2**22  # of text tokenised at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenStore:
+    """All tokens of one split of one source, end to end; every document closes with the end-of-text token.
+
+    Attributes:
+      tokens: [n] token ids. starts: [documents + 1] where each document begins. bytes_of_token: [vocab] bytes of text.
+      fingerprint: hash of tokens, documents and `scored`; the same wherever the corpus lies and whether or not it is cached.
+      scored: [n] whether the loss counts a token as a target; None: it counts all.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    bytes_of_token: np.ndarray
+    fingerprint: str
+    scored: np.ndarray | None = None
+
+    @property
+    def documents(self) -> int:
+        return len(self.starts) - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """Both splits of one source, and what was found on reading it."""
+
+    splits: dict[str, TokenStore]
+    report: Report
+
+
+def load_corpus(source: SourceConfig) -> Corpus:
+    """Reads and tokenises a source; kept for the process's later stages. Raises UserError when it cannot be read."""
+    return _load(json.dumps(dataclasses.asdict(source), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(settings: str) -> Corpus:
+    source = SourceConfig(**json.loads(settings))
+    tokenizer = load_tokenizer(source.tokenizer)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+    bytes_of_token = tokenizer.byte_lengths().astype(np.float32)
+    dtypes = {'tokens': dtype, 'starts': np.dtype(np.int64), 'scored': np.dtype(np.bool_)}
+    build = lambda files: _tokenise(source, tokenizer, files)
+    if source.cache:
+        files = cached(source.cache, source_key(source, tokenizer), SPLITS, dtypes, build)
+    else:
+        files = ArrayFiles.in_memory(SPLITS, dtypes)
+        files.finish(build(files))
+    splits = {}
+    for split in SPLITS:
+        arrays = files.arrays[split]
+        scored = arrays['scored'] if len(arrays['scored']) else None
+        splits[split] = TokenStore(arrays['tokens'], arrays['starts'], bytes_of_token, files.fingerprints[split], scored)
+    return Corpus(splits, Report.from_json(files.facts))
+
+
+def _tokenise(source: SourceConfig, tokenizer: Tokenizer, files: ArrayFiles) -> dict[str, Any]:
+    """Writes both splits' arrays, and returns the report of reading as JSON."""
+    report = Report(limit=source.max_bad_lines)
+    template = load_template(source.chat_template, tokenizer)
+    totals = dict.fromkeys(SPLITS, 0)
+    for split in SPLITS:
+        files.append(split, 'starts', np.zeros(1, np.int64))
+    for batch in _batches(documents(source, template, report)):
+        heldout = [is_heldout(document.content, source.heldout_fraction) for document in batch]
+        encoded = _encode(batch, tokenizer, source.loss)
+        for split in SPLITS:
+            own = [pair for pair, held in zip(encoded, heldout, strict=True) if held == (split == 'heldout')]
+            if own:
+                ends = totals[split] + np.cumsum([len(ids) for ids, _ in own])
+                totals[split] = int(ends[-1])
+                files.append(split, 'starts', ends)
+                files.append(split, 'tokens', np.concatenate([ids for ids, _ in own]))
+                if source.loss == 'answers':
+                    files.append(split, 'scored', np.concatenate([scored for _, scored in own]))
+    return report.to_json()
+
+
+def _encode(batch: list[Document], tokenizer: Tokenizer, loss: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, whether the loss counts each) of every document, closed with the end-of-text token.
+
+    A chat whose template wrote that token at its end gets no second one. After a chat's last answer the token is part of it.
+    """
+    eos = np.asarray([tokenizer.eos_id], np.int32)
+    if loss == 'all':
+        return [
+            (ids if document.answers is not None and tokenizer.eos_id in ids[-2:] else np.append(ids, eos), ids[:0])
+            for document, ids in zip(batch, tokenizer.encode_many([document.content for document in batch]), strict=True)
+        ]
+    result = []
+    for document in batch:
+        ids, inside = tokenizer.encode_spans(document.content, document.answers)
+        if tokenizer.eos_id not in ids[-2:]:
+            ends_with_answer = not document.content.decode()[document.answers[-1][1] :].strip()
+            ids, inside = np.append(ids, eos), np.append(inside, ends_with_answer)
+        result.append((ids, inside))
+    return result
+
+
+def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in found:
+        batch.append(document)
+        size += len(document.content)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
