@@ -36,3 +36,40 @@ def test_a_loop_without_a_known_end_is_refused():
         matmul_flops(compiled_text(endless, (4, 6), (6, 6)))
     with pytest.raises(ValueError, match='no HLO module'):
         matmul_flops('nothing of the kind')
+
+
+# As the TPU compiler writes a matmul, and the batched ones: convolutions, of which only what meets the data is computed.
+CONVOLUTION = """\
+HloModule jit_f
+
+ENTRY %main (x: bf16[128,64], w: bf16[64,32]) -> bf16[128,32] {{
+  %x = bf16[{left}]{{1,0}} parameter(0)
+  %w = bf16[{right}]{{1,0}} parameter(1)
+  ROOT %y = bf16[{out}]{{1,0}} convolution(%x, %w), {how}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ('left', 'right', 'out', 'how', 'flops'),
+    [
+        ('128,64', '64,32', '128,32', 'dim_labels=bf_io->bf', 2 * 128 * 64 * 32),
+        (
+            '4,128,64',
+            '4,64,32',
+            '4,128,32',
+            'window={size=4 pad=0_3 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
+            2 * 4 * 128 * 64 * 32,
+        ),
+        ('2,10,3', '4,3,5', '2,10,5', 'window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f', 2 * 2 * (40 - 6) * 3 * 5),
+        (
+            '2,10,6',
+            '4,1,6',
+            '2,10,6',
+            'window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f, feature_group_count=6',
+            2 * 2 * (40 - 6) * 6,
+        ),
+    ],
+)
+def test_a_convolution_counts_what_meets_the_data(left, right, out, how, flops):
+    assert matmul_flops(CONVOLUTION.format(left=left, right=right, out=out, how=how)) == flops
