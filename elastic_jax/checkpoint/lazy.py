@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from elastic_jax.checkpoint.chunks import params_save
+from elastic_jax.checkpoint.database import INDEX_NODE
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.memory import FreedMemory
 from elastic_jax.errors import WorkError
@@ -79,6 +80,11 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             raise group.exceptions[0] from group
         finally:
             self.idle.set()
+
+    async def _open_and_write(self, value: np.ndarray, spec: dict[str, Any], context: Any) -> None:
+        # Every leaf commits the index nodes that it touched. Orbax's node is the whole index.
+        spec['kvstore']['config'] |= {'max_decoded_node_bytes': INDEX_NODE}
+        await super()._open_and_write(value, spec, context)
 
     def stop(self) -> None:
         """Returns when no leaf is being written any more."""

@@ -36,7 +36,7 @@ from elastic_jax.nest.relayout import rank_order
 
 LeafReader = Callable[[str, str], np.ndarray]
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
-WRITE_BYTES = 1 << 24
+WRITE_BYTES = 1 << 20  # stays in the cache between being gathered and written
 READ_AHEAD = 1 << 25  # elements: a larger leaf is only read when the one before is written
 # Of a parent's config.json: code that must not run, how it was quantised, and where it came from.
 NOT_KEPT = ('auto_map', 'experts_implementation', 'quantization_config', '_name_or_path', 'torch_dtype', 'transformers_version')

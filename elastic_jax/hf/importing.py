@@ -35,7 +35,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, layer_name, leaves, param_table
 from elastic_jax.nest.relayout import block_order, ranked_shape
 
-READ_BYTES = 1 << 24
+READ_BYTES = 1 << 20  # stays in the cache until it is copied to its place
 
 
 def import_params(folder: str | os.PathLike[str], layout: Layout = FLAT) -> Iterator[tuple[str, str, np.ndarray]]:
