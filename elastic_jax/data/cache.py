@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,16 +153,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def source_key(source: SourceConfig, tokenizer: Tokenizer) -> str:
-    """Hash of all that a source's tokens depend on: settings, tokenizer, and name, size and time of every file."""
+def source_key(source: SourceConfig, tokenizer: Tokenizer, template: str) -> str:
+    """Hash of all that a source's tokens depend on: settings, tokenizer, chat template, and every file's name, size and time."""
     settings = {name: value for name, value in dataclasses.asdict(source).items() if name not in ('name', 'cache')}
-    stamps = [file.stamp() for file in expand(source.path)] if source.path else [sysconfig_stamp()]
-    content = json.dumps([FORMAT, settings, tokenizer.identity(), stamps], sort_keys=True, default=str)
+    stamps = [file.stamp() for file in expand(source.path)] if source.path else [sys.version]
+    content = json.dumps([FORMAT, settings, tokenizer.identity(), template, stamps], sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-
-def sysconfig_stamp() -> str:
-    """The standard library's source is known by Python's version."""
-    import sys
-
-    return sys.version

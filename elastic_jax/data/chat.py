@@ -54,6 +54,7 @@ class ChatTemplate:
             self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
             raise UserError(f'the chat template of {where} is not valid Jinja: {error}') from error
+        self.text = text
         self._special, self._marked = dict(special_tokens), 'endgeneration' in text
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> tuple[str, Spans]:

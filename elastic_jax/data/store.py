@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic_jax.data.cache import ArrayFiles, cached, source_key
-from elastic_jax.data.chat import load_template
+from elastic_jax.data.chat import ChatTemplate, load_template
 from elastic_jax.data.config import SourceConfig
 from elastic_jax.data.report import Report
 from elastic_jax.data.sources import Document, documents, is_heldout
@@ -62,9 +62,11 @@ def _load(settings: str) -> Corpus:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
     bytes_of_token = tokenizer.byte_lengths().astype(np.float32)
     dtypes = {'tokens': dtype, 'starts': np.dtype(np.int64), 'scored': np.dtype(np.bool_)}
-    build = lambda files: _tokenise(source, tokenizer, files)
+    template = load_template(source.chat_template, tokenizer)
+    build = lambda files: _tokenise(source, tokenizer, template, files)
     if source.cache:
-        files = cached(source.cache, source_key(source, tokenizer), SPLITS, dtypes, build)
+        key = source_key(source, tokenizer, template.text if template else '')
+        files = cached(source.cache, key, SPLITS, dtypes, build)
     else:
         files = ArrayFiles.in_memory(SPLITS, dtypes)
         files.finish(build(files))
@@ -76,10 +78,9 @@ def _load(settings: str) -> Corpus:
     return Corpus(splits, Report.from_json(files.facts))
 
 
-def _tokenise(source: SourceConfig, tokenizer: Tokenizer, files: ArrayFiles) -> dict[str, Any]:
+def _tokenise(source: SourceConfig, tokenizer: Tokenizer, template: ChatTemplate | None, files: ArrayFiles) -> dict[str, Any]:
     """Writes both splits' arrays, and returns the report of reading as JSON."""
     report = Report(limit=source.max_bad_lines)
-    template = load_template(source.chat_template, tokenizer)
     totals = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         files.append(split, 'starts', np.zeros(1, np.int64))

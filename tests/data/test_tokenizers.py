@@ -1,30 +1,18 @@
 """Tokenizers round-trip text and account for its bytes."""
 
-import json
-
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from elastic_jax.errors import UserError
+from tests.data.bpe import write_tokenizer
 
 
 @pytest.fixture(scope='module')
 def bpe_folder(tmp_path_factory):
-    """A small byte-level BPE, trained on the spot."""
-    folder = tmp_path_factory.mktemp('bpe')
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=['<end>'], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(['def function(argument): return argument * 2 # größe'] * 50, trainer)
-    tokenizer.save(str(folder / 'tokenizer.json'))
-    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>'}))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp('bpe'))
 
 
 @given(st.text())
