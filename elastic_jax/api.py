@@ -35,8 +35,9 @@ from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human
 from elastic_jax.hf.from_checkpoint import export_checkpoint
 from elastic_jax.infer.generate import GREEDY, generate, stream
-from elastic_jax.infer.resident import Weights, weights_of
+from elastic_jax.infer.resident import Resident, Weights, weights_of
 from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.sizes import Sizes
 from elastic_jax.layout import Layout
 from elastic_jax.model.decoder import logits
 from elastic_jax.model.params import leaves, map_table, param_dtype, param_table
@@ -202,6 +203,21 @@ class Checkpoint:
         arch = self.arch_of(budget, widths)
         params = restore_slice(self.path, arch, shardings, dtype)
         return Model(arch, self.layout, params, self.tokenizer, jnp.float32 if dtype is None else jnp.dtype(dtype))
+
+    def load_sizes(
+        self, budgets: Sequence[str] | None = None, *, limit_bytes: int | None = None, shardings: Any = None, dtype: Any = None
+    ) -> Sizes:
+        """Several budgets (default: all) from one set of parameters in memory, that of the largest of them.
+
+        Args:
+          limit_bytes: how much the slices of the others may take beside it; None: as much as they need.
+          shardings, dtype: as of `load`, for the largest.
+        """
+        archs = {name: self.budgets[name].arch for name in (self.budgets if budgets is None else budgets)}
+        holds_all = [arch for arch in archs.values() if all(other.nests_in(arch) for other in archs.values())]
+        largest = holds_all[0] if holds_all else self.arch
+        params, compute = restore_slice(self.path, largest, shardings, dtype), jnp.float32 if dtype is None else dtype
+        return Sizes(Resident(params, largest, self.layout, compute, limit_bytes), archs, self.tokenizer)
 
     def slice(
         self, budget: str | None, out: epath.PathLike, *, widths: Mapping[str, int] | None = None, dtype: Any = None

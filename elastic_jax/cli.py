@@ -152,22 +152,44 @@ def _parser() -> _Parser:
 
     generate = verb(
         'generate',
-        'Continue a prompt.',
-        'elastic generate --checkpoint runs/quickstart --prompt "import " --budget small',
+        'Continue a prompt: with one size, or with one that thinks and another that answers.',
+        'elastic generate --checkpoint runs/quickstart --prompt "import " --budget small\n'
+        '  elastic generate --checkpoint runs/quickstart --prompt "2+3=" --think small --answer full --thinking-tokens 64',
         _generate,
     )
     _checkpoint(generate)
     generate.add_argument('--prompt', required=True)
     generate.add_argument('--budget', help='which size (default: the largest)')
-    generate.add_argument('--think', help='budget that thinks')
-    generate.add_argument('--answer', help='budget that answers')
-    generate.add_argument('--thinking-tokens', type=int, default=256)
-    generate.add_argument('--max-tokens', type=int, default=128)
+    generate.add_argument('--max-tokens', type=int, default=128, help='of the text, or of the answer')
     generate.add_argument('--temperature', type=float, default=0.0, help='0 is greedy')
     generate.add_argument('--top-k', type=int, default=0, help='0: all')
     generate.add_argument('--top-p', type=float, default=1.0)
+    generate.add_argument(
+        '--repetition-penalty', type=float, default=1.0, help='above 1 makes tokens less likely that came before'
+    )
     generate.add_argument('--seed', type=int, default=0)
+    generate.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be given again')
+    generate.add_argument('--slice-bytes', type=int, metavar='N', help='limit of slices kept beside the largest size')
     _json(generate)
+    control = generate.add_argument_group('budget control')
+    control.add_argument('--think', metavar='BUDGET', help='the size that thinks')
+    control.add_argument('--answer', metavar='BUDGET', help='the size that answers')
+    control.add_argument('--thinking-tokens', type=int, default=256, help='after so many the thinking is closed')
+    control.add_argument('--opening', default='<think>', metavar='TEXT', help='put after the prompt (default: <think>)')
+    control.add_argument('--closing', default='</think>', metavar='TEXT', help='ends the thinking (default: </think>)')
+    control.add_argument(
+        '--switch',
+        choices=('recompute', 'hand-over', 'both'),
+        default='recompute',
+        help='how the answering size gets at the thoughts: by prefilling them anew (exact), from the cache of the thinking size '
+        '(cheaper, approximate), or both ways, to compare them',
+    )
+    control.add_argument(
+        '--fill', choices=('zero', 'mean'), default='zero', help='handed over, what missing heads start with (default: zero)'
+    )
+    control.add_argument(
+        '--entropy', type=float, metavar='NATS', help='the answering size takes over before a token less certain than this'
+    )
 
     report = verb('report', 'Write report.html and pareto.png.', 'elastic report --workdir runs/quickstart', _report)
     report.add_argument('--workdir', required=True)
@@ -304,35 +326,65 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
-    from elastic_jax.infer.budget_control import think_then_answer
     from elastic_jax.infer.sampling import Sampling
 
     checkpoint = open_checkpoint(arguments.checkpoint)
-    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
     if bool(arguments.think) != bool(arguments.answer):
         raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
-    result = {'prompt': arguments.prompt}
     if arguments.think:
         if arguments.budget:
             raise UserError('--budget names one size for everything; with --think and --answer leave it out')
-        sizes = {name: checkpoint.load(name) for name in {arguments.think, arguments.answer}}
-        thought = think_then_answer(
-            sizes[arguments.think].generate,
-            sizes[arguments.answer].generate,
-            arguments.prompt,
-            arguments.thinking_tokens,
-            arguments.max_tokens,
-            sampling=sampling,
-            seed=arguments.seed,
-        )
-        result |= {'thinking': thought.thinking, 'text': thought.answer}
-        shown = f'<think>{thought.thinking}</think>{thought.answer}'
+        result, shown = _think(arguments, checkpoint, sampling)
     else:
-        model = checkpoint.load(arguments.budget or checkpoint.largest)
-        shown = model.generate(arguments.prompt, max_tokens=arguments.max_tokens, sampling=sampling, seed=arguments.seed)
-        result['text'] = shown
-    print(json.dumps(result) if arguments.json else shown)
+        budget = arguments.budget or checkpoint.largest
+        sizes = checkpoint.load_sizes([budget], limit_bytes=arguments.slice_bytes)
+        (done,) = sizes.generate([arguments.prompt], budget, arguments.max_tokens, sampling, arguments.stop, arguments.seed)
+        result, shown = {'text': done.text, 'finish': done.finish, 'tokens': len(done.tokens)}, done.text
+    print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
+
+
+def _think(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tuple[dict[str, Any], str]:
+    """(what --json prints, what is shown) of a prompt that one size thinks about and another answers."""
+    from elastic_jax.infer.budget_control import SWITCHES, Control, agreement
+
+    sizes = checkpoint.load_sizes([arguments.think, arguments.answer], limit_bytes=arguments.slice_bytes)
+    found = {}
+    for switch in SWITCHES if arguments.switch == 'both' else (arguments.switch,):
+        control = Control(
+            thinking_tokens=arguments.thinking_tokens,
+            max_tokens=arguments.max_tokens,
+            opening=arguments.opening,
+            closing=arguments.closing,
+            switch=switch,
+            fill=arguments.fill,
+            entropy=arguments.entropy,
+        )
+        pair = arguments.think, arguments.answer
+        # The times of two ways compare once both have run before.
+        for _ in range(2 if arguments.switch == 'both' else 1):
+            found[switch] = sizes.think([arguments.prompt], *pair, control, sampling, arguments.stop, arguments.seed)
+    described = {}
+    for switch, ((thought,), timing) in found.items():
+        tokens = {'thinking': thought.thinking_tokens, 'continued': thought.continued_tokens}
+        described[switch] = {
+            'switch': switch,
+            'thinking': thought.thinking,
+            'text': thought.answer.text,
+            'finish': thought.answer.finish,
+            'tokens': tokens | {'answer': len(thought.answer.tokens)},
+            'seconds': timing.to_json(),
+        }
+    first, *others = described.values()
+    (thought,), _ = next(iter(found.values()))
+    result = {**first, 'memory': sizes.memory()}
+    if others:
+        result |= {'other': others[0], 'agreement': agreement(*(thoughts for thoughts, _ in found.values()))}
+        described_seconds = ', '.join(f'{switch} {timing.to_answer:.3f} s' for switch, (_, timing) in found.items())
+        agree = f'{result["agreement"]:.0%} of the answer tokens agree'
+        print(f'to the first token of the answer: {described_seconds}; {agree}', file=sys.stderr)
+    return result, f'{arguments.opening}{thought.thinking}{arguments.closing}{thought.answer.text}'
 
 
 def _report(arguments: argparse.Namespace) -> int:

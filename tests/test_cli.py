@@ -79,14 +79,21 @@ def test_generate_is_deterministic_and_differs_between_seeds(capsys, finished_ru
 
 
 def test_one_size_thinks_and_another_answers(capsys, finished_run):
-
     common = ('generate', '--checkpoint', finished_run, '--prompt', 'x = ', '--max-tokens', 8)
-    status, out, _ = run(capsys, *common, '--think', 'small', '--answer', 'full', '--thinking-tokens', 5, '--json')
+    pair = (*common, '--think', 'small', '--answer', 'full', '--thinking-tokens', 5)
+    status, out, _ = run(capsys, *pair, '--json')
     result, checkpoint = json.loads(out), elastic_jax.open_checkpoint(finished_run)
     assert status == 0
     assert result['thinking'] == checkpoint.load('small').generate('x = <think>', max_tokens=5)
-    expected = checkpoint.load('full').generate(f'x = <think>{result["thinking"]}</think>', max_tokens=8)
-    assert result['text'] == expected
+    assert result['tokens'] == {'thinking': 5, 'continued': 0, 'answer': 8}
+    assert result['seconds']['to_answer'] > result['seconds']['thinking'] > 0
+    assert 0 < result['memory']['slices_bytes'] < result['memory']['resident_bytes']
+    status, out, err = run(capsys, *pair, '--switch', 'both', '--json')
+    both = json.loads(out)
+    assert status == 0 and both['text'] == result['text'] and both['other']['thinking'] == result['thinking']
+    assert 0 <= both['agreement'] <= 1 and 'of the answer tokens agree' in err
+    status, out, _ = run(capsys, *pair, '--opening', ' [', '--closing', '] ', '--entropy', 0)
+    assert status == 0 and out.startswith(' [') and '] ' in out
     status, _, err = run(capsys, *common, '--think', 'small')
     assert status == 2 and '--think and --answer go together' in err
 

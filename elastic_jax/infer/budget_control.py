@@ -1,46 +1,249 @@
 """Elastic budget control: one size thinks, another answers (Star Elastic, arXiv 2605.07182).
 
-At the switch the answering model recomputes: it prefills prompt and thoughts anew, so its caches are its own.
+A row thinks until its closing delimiter, its limit, or, by the rule of entropy, until the thinking size is unsure of its next
+token: then the answering size thinks on in its place. At the switch the answering size either recomputes (prefills prompt and
+thoughts anew: exact) or is handed the thinking size's cache (`handover.py`: cheaper, approximate) and runs only the last tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 
+import jax
+import numpy as np
+
+from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
+from elastic_jax.infer.clock import Clock
+from elastic_jax.infer.decoding import PIECE, Decoding, Requests, requests_of
+from elastic_jax.infer.generate import GREEDY, encode_prompts, per_prompt, seeds_of
+from elastic_jax.infer.handover import FILLS, hand_over
+from elastic_jax.infer.resident import Weights
+from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.text import Completion, check_stop, complete, first_stop, tokens_until
 
-Generate = Callable[..., str]
+SWITCHES = ('recompute', 'hand-over')
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """How thinking is limited and handed on.
+
+    Attributes:
+      thinking_tokens: after so many the thinking is closed for it. max_tokens: of the answer.
+      opening, closing: the delimiters around the thoughts; the opening one is put after the prompt.
+      switch: 'recompute' or 'hand-over'. fill: the rule for heads that the thinking size lacks ('zero' or 'mean').
+      entropy: in nats; the answering size takes over the thinking before a token less certain than this. None: never.
+    """
+
+    thinking_tokens: int = 256
+    max_tokens: int = 128
+    opening: str = '<think>'
+    closing: str = '</think>'
+    switch: str = 'recompute'
+    fill: str = 'zero'
+    entropy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ('thinking_tokens', 'max_tokens'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+        for name, known in (('switch', SWITCHES), ('fill', FILLS)):
+            if getattr(self, name) not in known:
+                raise UserError(f'{name}={getattr(self, name)!r} is unknown; give one of {", ".join(known)}')
+        if not self.closing:
+            raise UserError('the closing delimiter is empty; give the text that ends a thought, such as </think>')
+        if self.entropy is not None and not self.entropy >= 0:
+            raise UserError(f'entropy={self.entropy} must be at least 0 nats')
 
 
 @dataclasses.dataclass(frozen=True)
 class Thought:
-    """What was thought and what was answered."""
+    """What was thought and what was answered.
+
+    Attributes:
+      thinking: without its delimiters.
+      thinking_tokens: drawn by the thinking size. continued_tokens: thoughts drawn by the answering size, where it took over.
+    """
 
     thinking: str
-    answer: str
+    answer: Completion
+    thinking_tokens: int
+    continued_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one batch, compilation left out. `to_answer`: from the request to the answers' first tokens."""
+
+    thinking: float
+    switch: float
+    answer: float
+    to_answer: float
+
+    def to_json(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
 
 
 def think_then_answer(
-    think: Generate,
-    answer: Generate,
-    prompt: str,
-    thinking_tokens: int,
-    max_tokens: int,
-    opening: str = '<think>',
-    closing: str = '</think>',
-    **options: object,
-) -> Thought:
-    """Thinks with one model and answers with another.
+    think: Weights,
+    answer: Weights,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    control: Control,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    stop: Sequence[str] = (),
+    seeds: Sequence[int] | int = 0,
+) -> tuple[list[Thought], Timing]:
+    """Thinks with one size and answers with another, all prompts together.
 
     Args:
-      think, answer: `Model.generate` of the two sizes.
-      thinking_tokens: after so many the thinking is closed for it. max_tokens: of the answer.
-      opening, closing: the delimiters around the thoughts; the opening one is put after the prompt.
+      stop: strings before which an answer ends; the others as of `generate`.
     """
-    if thinking_tokens < 1:
-        raise UserError(f'thinking_tokens={thinking_tokens} must be at least 1')
-    begun = f'{prompt}{opening}'
-    thinking = think(begun, max_tokens=thinking_tokens, stop=(closing,), **options)
-    answered = answer(f'{begun}{thinking}{closing}', max_tokens=max_tokens, **options)
-    return Thought(thinking, answered)
+    stop, clock = check_stop(stop), Clock()
+    begun = [row.tolist() for row in encode_prompts(tokenizer, [f'{prompt}{control.opening}' for prompt in prompts])]
+    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.eos_id)
+    # Thoughts that end inside a token are written anew, which may take more tokens.
+    spare = PIECE + 2 * len(tokenizer.encode(control.closing))
+    capacity = max(map(len, begun)) + control.thinking_tokens + spare + control.max_tokens
+    limits = [control.thinking_tokens] * len(prompts)
+
+    limit = float('inf') if control.entropy is None else control.entropy
+    unsure = requests._replace(entropy_B=np.full(len(prompts), limit, np.float32))
+    decoding = Decoding(think, unsure, capacity, limits)
+    decoding.feed([row[:-1] for row in begun])
+    decoding.mark(range(len(prompts)))
+    decoding.feed([row[-1:] for row in begun])
+    thoughts = _think(decoding, begun, tokenizer, control)
+    first = [thought.drawn for thought in thoughts]
+    thinking_seconds = clock.lap()
+
+    held = [row + thought.tokens for row, thought in zip(begun, thoughts, strict=True)]
+    if control.switch == 'recompute':
+        decoding = Decoding(answer, requests, capacity, limits)
+        decoding.feed(held)
+    else:
+        decoding = _handed(decoding, held, answer, requests, control.fill)
+    jax.block_until_ready(decoding.state.logits_BxV)
+    switch_seconds = clock.lap()
+
+    continued = [0] * len(prompts)
+    if not all(thought.closed for thought in thoughts):
+        decoding.allow([0 if thought.closed else control.thinking_tokens - thought.drawn for thought in thoughts], first)
+        decoding.mark(range(len(prompts)))
+        thoughts = _think(decoding, begun, tokenizer, control, thoughts)
+        continued = [thought.drawn - count for thought, count in zip(thoughts, first, strict=True)]
+        _become(decoding, [row + thought.tokens for row, thought in zip(begun, thoughts, strict=True)])
+    continued_seconds = clock.lap()
+
+    decoding.allow([control.max_tokens] * len(prompts), [thought.drawn for thought in thoughts])
+    answers, to_first = _answer(decoding, tokenizer, control, stop)
+    timing = Timing(
+        thinking_seconds + continued_seconds,
+        switch_seconds,
+        clock.seconds(),
+        thinking_seconds + switch_seconds + continued_seconds + to_first,
+    )
+    texts = [_shown(thought.tokens, tokenizer, control.closing) for thought in thoughts]
+    return [Thought(*each) for each in zip(texts, answers, first, continued, strict=True)], timing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thoughts:
+    """A row's thoughts: its tokens (with the closing delimiter once closed), and how many of them were drawn."""
+
+    tokens: list[int]
+    drawn: int
+    closed: bool
+
+
+def _think(
+    decoding: Decoding, begun: list[list[int]], tokenizer: Tokenizer, control: Control, known: list[_Thoughts] | None = None
+) -> list[_Thoughts]:
+    """Decodes until every row has closed its thoughts or waits, unsure; closed ones that are `known` stay as they are."""
+    rows = range(len(begun))
+    thoughts = known or [_Thoughts([], 0, False)] * len(begun)
+    while True:
+        thinking = [row for row in rows if not thoughts[row].closed]
+        decoding.piece()
+        now = [_thoughts(decoding.tokens[row][len(begun[row]) :], tokenizer, control) for row in thinking]
+        thoughts = [now[thinking.index(row)] if row in thinking else thoughts[row] for row in rows]
+        going = [row for row in thinking if not thoughts[row].closed and decoding.going[row]]
+        if not going:
+            return thoughts
+        decoding.allow([left if row in going else 0 for row, left in enumerate(decoding.left)])
+        decoding.mark(going)
+
+
+def _thoughts(drawn: list[int], tokenizer: Tokenizer, control: Control) -> _Thoughts:
+    """What some drawn tokens are as thoughts; closed by themselves, by the end of text, or by the limit."""
+    closing = tokenizer.encode(control.closing).tolist()
+    if tokenizer.eos_id in drawn:
+        count = drawn.index(tokenizer.eos_id)
+        return _Thoughts(drawn[:count] + closing, count, True)
+    text = tokenizer.decode(drawn)
+    cut = first_stop(text, [control.closing])
+    if cut is not None:
+        count = tokens_until(drawn, tokenizer, [control.closing])
+        closed = text[: cut + len(control.closing)]
+        if tokenizer.decode(drawn[:count]) == closed:
+            return _Thoughts(drawn[:count], count, True)
+        # The last token reaches past the delimiter: its part of it is written anew.
+        rest = closed[len(tokenizer.decode(drawn[: count - 1])) :]
+        return _Thoughts(drawn[: count - 1] + tokenizer.encode(rest).tolist(), count, True)
+    if len(drawn) >= control.thinking_tokens:
+        return _Thoughts(drawn + closing, len(drawn), True)
+    return _Thoughts(drawn, len(drawn), False)
+
+
+def _shown(tokens: list[int], tokenizer: Tokenizer, closing: str) -> str:
+    return tokenizer.decode(tokens).partition(closing)[0]
+
+
+def _kept(have: list[int], want: list[int]) -> int:
+    """How much of `want` a row may keep: the last token is run again, for the logits of the next one."""
+    same = next((i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b), len(have))
+    return min(same, len(want) - 1)
+
+
+def _become(decoding: Decoding, held: list[list[int]]) -> None:
+    """Makes every row hold these tokens."""
+    kept = [len(want) if have == want else _kept(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
+    decoding.back_to(kept)
+    decoding.feed([row[count:] for row, count in zip(held, kept, strict=True)])
+
+
+def _handed(decoding: Decoding, held: list[list[int]], taker: Weights, requests: Requests, fill: str) -> Decoding:
+    """The taker's decoding of what the rows should hold, from the giver's cache."""
+    kept = [_kept(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
+    decoding.back_to(kept)
+    result = Decoding(taker, requests, decoding.capacity, [0] * decoding.rows)
+    cache = hand_over(decoding.state.cache, decoding.weights.arch, taker, result.slots, fill)
+    result.state = result.state._replace(cache=cache, seen_BxV=decoding.state.seen_BxV)
+    result.tokens = decoding.tokens
+    result.feed([row[count:] for row, count in zip(held, kept, strict=True)])
+    return result
+
+
+def _answer(decoding: Decoding, tokenizer: Tokenizer, control: Control, stop: tuple[str, ...]) -> tuple[list[Completion], float]:
+    """(answers, seconds until the first tokens of all)."""
+    clock, starts = Clock(), [len(row) for row in decoding.tokens]
+    decoding.piece(1)
+    to_first = clock.seconds()
+    while True:
+        drawn = [tokens[start:] for tokens, start in zip(decoding.tokens, starts, strict=True)]
+        answers = [complete(tokens, tokenizer, stop, control.max_tokens) for tokens in drawn]
+        if all(answer.finish for answer in answers):
+            return answers, to_first
+        decoding.allow([0 if answer.finish else left for answer, left in zip(answers, decoding.left, strict=True)])
+        decoding.piece()
+
+
+def agreement(one: Sequence[Thought], other: Sequence[Thought]) -> float:
+    """The share of answer tokens, place by place, in which two ways of answering the same thoughts agree."""
+    same = total = 0
+    for a, b in zip(one, other, strict=True):
+        total += max(len(a.answer.tokens), len(b.answer.tokens))
+        same += sum(x == y for x, y in zip(a.answer.tokens, b.answer.tokens, strict=False))
+    return same / total if total else 1.0

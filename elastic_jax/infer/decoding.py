@@ -17,7 +17,7 @@ import numpy as np
 
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, entropy, knobs_of
-from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache
+from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache, recurrent_blocks, rewind
 from elastic_jax.model.decoder import unembedding
 
 CHUNKS = (256, 64, 16)
@@ -114,8 +114,11 @@ def feed_chunk(weights: Weights, state: State, tokens_BxT: jax.Array, valid_B: j
 
 
 @partial(jax.jit, donate_argnames='state')
-def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, jax.Array]:
-    """At most `steps` ≤ PIECE decoding steps: (new state, tokens [B, PIECE], NO_TOKEN where a row had none)."""
+def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+    """At most `steps` ≤ PIECE decoding steps: (state, tokens [B, PIECE], whether each row goes on [B]).
+
+    NO_TOKEN stands where a row had none.
+    """
     params = weights.own()
 
     def more(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> jax.Array:
@@ -135,8 +138,8 @@ def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, ja
         return step + 1, state, active_B & going(state), tokens_BxN
 
     tokens_BxN = jnp.full((state.left_B.shape[0], PIECE), NO_TOKEN, jnp.int32)
-    _, state, _, tokens_BxN = jax.lax.while_loop(more, body, (jnp.int32(0), state, going(state), tokens_BxN))
-    return state, tokens_BxN
+    _, state, active_B, tokens_BxN = jax.lax.while_loop(more, body, (jnp.int32(0), state, going(state), tokens_BxN))
+    return state, tokens_BxN, active_B
 
 
 def chunk_sizes(length: int) -> list[int]:
@@ -156,54 +159,102 @@ def bucket(least: int, smallest: int = 1) -> int:
     return size
 
 
+class Mark(NamedTuple):
+    """Where rows were at some time, so that they can be taken back there: all that later tokens overwrite."""
+
+    length_B: jax.Array
+    recurrent: dict[str, Any]
+
+
+def mark_of(cache: Cache) -> Mark:
+    """Where all rows are now."""
+    return Mark(cache.length_B, recurrent_blocks(cache))
+
+
+@jax.jit
+def move_mark(mark: Mark, cache: Cache, rows_B: jax.Array) -> Mark:
+    """The mark with the chosen rows' present place."""
+    choose = lambda old, new: jnp.where(rows_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+    return jax.tree.map(choose, mark, mark_of(cache))
+
+
 class Decoding:
     """Rows of a batch as their caller holds them; the batch is padded with rows that stand still.
 
     Args:
       capacity: how many tokens a row may come to hold, prompt, continuation and all.
       max_tokens: how many tokens each row may gain.
+    Attributes:
+      tokens: what each row holds. going: whether each row gains more, as of the last piece.
     """
 
     def __init__(self, weights: Weights, requests: Requests, capacity: int, max_tokens: Sequence[int]):
-        self.weights, self.rows = weights, len(max_tokens)
+        self.weights, self.rows, self.capacity = weights, len(max_tokens), capacity
         # What is fed is padded to chunks, and padding must not reach past the last slot either.
         self.slots = bucket(capacity + CHUNKS[1], 64)
-        self.lengths = np.zeros(self.rows, int)
+        self.tokens: list[list[int]] = [[] for _ in range(self.rows)]
         padding = _power_of_two(self.rows) - self.rows
         wide = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf), jnp.repeat(leaf[:1], padding)]), requests)
         self.state = empty_state(weights, wide, self.slots, [*max_tokens, *[0] * padding])
+        self.going, self.marked = [True] * self.rows, [0] * self.rows
+        self._mark = jax.tree.map(jnp.copy, mark_of(self.state.cache))
 
-    def feed(self, tokens: Sequence[np.ndarray]) -> None:
-        """Appends tokens to every row (none: an empty array)."""
-        lengths = np.asarray([len(row) for row in tokens])
-        start = 0
+    def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Appends tokens to every row (none: an empty list)."""
+        lengths, start = np.asarray([len(row) for row in tokens]), 0
         for size in chunk_sizes(int(lengths.max(initial=0))):
-            if self.lengths.max() + size > self.slots:
-                raise ValueError(f'a chunk of {size} after {self.lengths.max()} tokens does not fit {self.slots} slots')
+            longest = max(map(len, self.tokens))
+            if longest + size > self.slots:
+                raise ValueError(f'a chunk of {size} after {longest} tokens does not fit {self.slots} slots')
             chunk = np.zeros((self.state.left_B.shape[0], size), np.int32)
             valid = np.zeros(chunk.shape[0], np.int32)
             valid[: self.rows] = np.clip(lengths - start, 0, size)
             for row, ids in enumerate(tokens):
                 chunk[row, : valid[row]] = ids[start : start + size]
+                self.tokens[row].extend(chunk[row, : valid[row]].tolist())
             self.state = feed_chunk(self.weights, self.state, chunk, valid)
-            self.lengths += valid[: self.rows]
             start += size
 
     def piece(self, steps: int = PIECE) -> list[list[int]]:
         """The next tokens of every row, at most `steps`; fewer where a row has ended or waits."""
-        self.state, tokens_BxN = advance(self.weights, self.state, np.int32(steps))
+        self.state, tokens_BxN, going_B = advance(self.weights, self.state, np.int32(steps))
+        self.going = np.asarray(going_B)[: self.rows].tolist()
         gained = [[token for token in row if token != NO_TOKEN] for row in np.asarray(tokens_BxN)[: self.rows].tolist()]
-        self.lengths += [len(row) for row in gained]
+        for held, new in zip(self.tokens, gained, strict=True):
+            held.extend(new)
         return gained
 
-    @property
-    def left(self) -> np.ndarray:
-        """How many tokens each row may still gain."""
-        return np.asarray(self.state.left_B)[: self.rows]
+    def mark(self, rows: Sequence[int]) -> None:
+        """Remembers where these rows are, for `back_to`."""
+        chosen = np.isin(np.arange(self.state.left_B.shape[0]), rows)
+        self._mark = move_mark(self._mark, self.state.cache, chosen)
+        for row in rows:
+            self.marked[row] = len(self.tokens[row])
 
-    def end(self, row: int) -> None:
-        """The row gains no more tokens."""
-        self.state = self.state._replace(left_B=self.state.left_B.at[row].set(0))
+    def back_to(self, lengths: Sequence[int]) -> None:
+        """Takes every row back to its first so many tokens, not before its mark; those after the mark are run again."""
+        kept = [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+        again = [tokens[mark:] for tokens, mark in zip(kept, self.marked, strict=True)]
+        self.tokens = [tokens[:mark] for tokens, mark in zip(kept, self.marked, strict=True)]
+        cache = rewind(self.state.cache, self._mark.length_B, jax.tree.map(jnp.copy, self._mark.recurrent))
+        self.state = self.state._replace(cache=cache, seen_BxV=jnp.asarray(self._seen(kept)))
+        self.feed(again)
+
+    def _seen(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        seen = np.zeros(self.state.seen_BxV.shape, bool)
+        for row, held in enumerate(tokens):
+            seen[row, held] = True
+        return seen
+
+    @property
+    def left(self) -> list[int]:
+        """How many tokens each row may still gain."""
+        return np.asarray(self.state.left_B)[: self.rows].tolist()
+
+    def allow(self, max_tokens: Sequence[int], drawn: Sequence[int] | None = None) -> None:
+        """Sets how many tokens each row may still gain, and how many it counts as drawn."""
+        pad = lambda values: jnp.asarray([*values, *[0] * (self.state.left_B.shape[0] - self.rows)], jnp.int32)
+        self.state = self.state._replace(left_B=pad(max_tokens), drawn_B=self.state.drawn_B if drawn is None else pad(drawn))
 
 
 def _power_of_two(least: int) -> int:

@@ -49,9 +49,7 @@ def stream(
         yield completions
         if all(completion.finish for completion in completions):
             return
-        for row, completion in enumerate(completions):
-            if completion.finish and len(raw[row]) < max_tokens:
-                decoding.end(row)
+        decoding.allow([0 if done.finish else left for done, left in zip(completions, decoding.left, strict=True)])
         steps = PIECE
 
 

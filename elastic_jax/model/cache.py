@@ -15,7 +15,7 @@ from elastic_jax.arch import Arch, Attention, Mamba
 from elastic_jax.model.attention import init_kv_cache
 from elastic_jax.model.context import Context
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
-from elastic_jax.model.mamba import init_mamba_cache
+from elastic_jax.model.mamba import MambaCache, init_mamba_cache
 from elastic_jax.model.params import layer_name
 
 
@@ -35,6 +35,19 @@ def init_cache(arch: Arch, batch: int, slots: int, dtype: Any = jnp.float32) -> 
         elif isinstance(mixer, Mamba):
             blocks[layer_name(i)] = init_mamba_cache(mixer, batch, dtype)
     return Cache(jnp.zeros(batch, jnp.int32), blocks)
+
+
+def recurrent_blocks(cache: Cache) -> dict[str, MambaCache]:
+    """The caches that cannot be shortened: a Mamba block's state holds all its tokens in one."""
+    return {name: block for name, block in cache.blocks.items() if isinstance(block, MambaCache)}
+
+
+def rewind(cache: Cache, length_B: jax.Array, recurrent: dict[str, MambaCache]) -> Cache:
+    """The cache as it was when rows held `length_B` tokens and its recurrent blocks were `recurrent`.
+
+    Keys and values past a row's length are never looked at, and are written over.
+    """
+    return Cache(length_B, {**cache.blocks, **recurrent})
 
 
 def cached_hidden_states(

@@ -41,7 +41,9 @@ def test_leaves_of_full_width_are_the_resident_ones():
     sizes, arch = resident(), HYBRID.narrow(mlp=16)
     assert sizes.weights(HYBRID).params is PARENT.params
     cut = sizes.weights(arch).params
-    shared = [path for path, leaf in jax.tree.leaves_with_path(cut) if leaf is dict(jax.tree.leaves_with_path(PARENT.params))[path]]
+    shared = [
+        path for path, leaf in jax.tree.leaves_with_path(cut) if leaf is dict(jax.tree.leaves_with_path(PARENT.params))[path]
+    ]
     assert len(shared) == len(jax.tree.leaves(cut)) - 2
     narrow = sum(cut['layer_003'][name].nbytes for name in ('up', 'down'))
     assert sizes.slice_bytes(arch) == sizes.report()['slices_bytes'] == narrow == slice_bytes(arch)

@@ -1,0 +1,73 @@
+"""Every size of a checkpoint from one set of parameters in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from elastic_jax.arch import Arch, unknown_name
+from elastic_jax.data.tokenizers import Tokenizer
+from elastic_jax.errors import UserError
+from elastic_jax.infer.budget_control import Control, Thought, Timing, think_then_answer
+from elastic_jax.infer.generate import GREEDY, generate, stream
+from elastic_jax.infer.resident import Resident, Weights
+from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.text import Completion
+
+
+class Sizes:
+    """Sizes by name, each ready to generate; which are in memory as slices of their own is `resident`'s business.
+
+    `prompts` is a list everywhere; `sampling` and `seeds` are one for all prompts or one for each.
+    """
+
+    def __init__(self, resident: Resident, archs: Mapping[str, Arch], tokenizer: Tokenizer):
+        self.resident, self.archs, self.tokenizer = resident, dict(archs), tokenizer
+
+    def weights(self, budget: str) -> Weights:
+        """What the programs of `infer` run for a size. Raises UserError for an unknown one."""
+        if budget not in self.archs:
+            raise UserError(unknown_name('budget', budget, list(self.archs)))
+        return self.resident.weights(self.archs[budget])
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes of the resident parameters and of the slices kept beside them; see `Resident.report`."""
+        return self.resident.report()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        budget: str,
+        max_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | int = 0,
+    ) -> list[Completion]:
+        """The continuations of all prompts by one size."""
+        return generate(self.weights(budget), self.tokenizer, prompts, max_tokens, sampling, stop, seeds)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        budget: str,
+        max_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | int = 0,
+    ) -> Iterator[list[Completion]]:
+        """As `generate`, yielding the completions as they grow."""
+        return stream(self.weights(budget), self.tokenizer, prompts, max_tokens, sampling, stop, seeds)
+
+    def think(
+        self,
+        prompts: Sequence[str],
+        think: str,
+        answer: str,
+        control: Control,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | int = 0,
+    ) -> tuple[list[Thought], Timing]:
+        """One size thinks, another answers."""
+        pair = self.weights(think), self.weights(answer)
+        return think_then_answer(*pair, self.tokenizer, prompts, control, sampling, stop, seeds)
