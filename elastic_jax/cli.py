@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from elastic_jax.errors import UserError, WorkError
@@ -20,6 +19,7 @@ PATH_THROUGH = """\
 elastic: one parent language model in, one checkpoint with several nested models out.
 
 The usual path:
+  elastic data     --config experiments/quickstart.py                               what it will train on: samples, counts, speed
   elastic train    --config experiments/quickstart.py --workdir runs/quickstart    a parent, ranked, searched, trained elastically
   elastic inspect  --checkpoint runs/quickstart                                     what is inside: budgets, widths, costs
   elastic eval     --checkpoint runs/quickstart                                     how good every budget is
@@ -82,7 +82,9 @@ def run(argv: list[str]) -> int:
         return 0
     if argv[0] == 'train' and not {'-h', '--help'} & set(argv):
         return _train(argv[1:])
-    arguments = _parser().parse_strictly(argv)
+    overrides = [argument for argument in argv if argv[0] == 'data' and argument.startswith('--config.')]
+    arguments = _parser().parse_strictly([argument for argument in argv if argument not in overrides])
+    arguments.overrides = overrides
     return arguments.run(arguments)
 
 
@@ -111,6 +113,21 @@ def _parser() -> _Parser:
         '--config', required=True, metavar='FILE[:ARG]', help='file with get_config(arg); --config.key=value overrides'
     )
     train.add_argument('--workdir', required=True, help='where config, metrics, checkpoints and report go (any path, also gs://)')
+
+    data = verb(
+        'data',
+        'Show what a config trains on: samples, counts of every source, damaged lines, how full rows are, tokens per second.',
+        'elastic data --config experiments/quickstart.py --config.data.path="texts/*.jsonl" --stage long',
+        _data,
+    )
+    data.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='file with get_config(arg); --config.key=value overrides'
+    )
+    data.add_argument('--stage', help='only this stage of the curriculum (default: all, with samples of the first)')
+    data.add_argument('--samples', type=int, default=2, help='rows to show (default: 2)')
+    data.add_argument('--tokens', type=int, default=400, help='at most so many tokens of each row (default: 400)')
+    data.add_argument('--seconds', type=float, default=1.0, help='how long speed is measured, for each stage (default: 1)')
+    _json(data)
 
     imported = verb(
         'import',
@@ -209,6 +226,7 @@ def _train(argv: list[str]) -> int:
 
     from absl import logging
 
+    from elastic_jax.config_file import load_config
     from elastic_jax.train.loop import train
     from elastic_jax.train.signals import Stopped
 
@@ -224,52 +242,22 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def load_config(argv: list[str]) -> tuple[Any, str]:
-    """(config, workdir) from the arguments of `elastic train`; overrides and their errors as ml_collections has them."""
-    from absl import flags
-    from ml_collections import config_flags
+def _data(arguments: argparse.Namespace) -> int:
+    from elastic_jax.arch import unknown_name
+    from elastic_jax.config_file import load_config
+    from elastic_jax.data.show import describe, render
+    from elastic_jax.train.stage_data import stages_data
 
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file('config', None, 'file with get_config(arg)', flag_values=values)
-    flags.DEFINE_string('workdir', None, 'where everything goes', flag_values=values)
-    path = next((arg.partition('=')[2] or _after(argv, arg) for arg in argv if arg.partition('=')[0] == '--config'), None)
-    if not path:
-        raise UserError('train needs --config FILE, such as experiments/quickstart.py')
-    if not Path(path.partition(':')[0]).is_file():
-        raise UserError(f'--config {path}: there is no file {path.partition(":")[0]}; give a file with get_config')
-    try:
-        rest = values(['elastic', *argv])
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown_flag(error.flagname, values)) from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'cannot read the config: {_one_line(error)}') from error
-    if len(rest) > 1:
-        raise UserError(f'unknown argument {rest[1]!r}; train takes --config, --workdir and --config.key=value')
-    if not values.workdir:
-        raise UserError('train needs --workdir DIR, where config, metrics, checkpoints and report go')
-    return values.config, values.workdir
-
-
-def _after(argv: list[str], flag: str) -> str | None:
-    place = argv.index(flag) + 1
-    return argv[place] if place < len(argv) else None
-
-
-def _unknown_flag(name: str, values: Any) -> str:
-    from elastic_jax.train.workdir import flatten
-
-    if not name.startswith('config.'):
-        near = difflib.get_close_matches(name, ['config', 'workdir'], n=1)
-        return f'unknown flag --{name}' + (f'; did you mean --{near[0]}?' if near else '')
-    known = flatten(json.loads(values.config.to_json()))
-    if name.removeprefix('config.') in known:
-        return f'cannot read the value given for --{name}; expected one like {known[name.removeprefix("config.")]!r}'
-    near = difflib.get_close_matches(name.removeprefix('config.'), list(known), n=1)
-    return f'unknown config key {name.removeprefix("config.")!r}' + (f'; did you mean {near[0]!r}?' if near else '')
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())
+    config, _ = load_config(['--config', arguments.config, *arguments.overrides], 'data')
+    stages = stages_data(config)
+    if arguments.stage:
+        found = [stage for stage in stages if stage.name == arguments.stage]
+        if not found:
+            raise UserError(unknown_name('stage', arguments.stage, [stage.name for stage in stages]))
+        stages = found
+    described = describe(stages, max(arguments.samples, 0), arguments.tokens, arguments.seconds)
+    print(json.dumps(described) if arguments.json else render(described, color=sys.stdout.isatty()))
+    return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
     def encode_spans(self, text: bytes, spans: Spans) -> tuple[np.ndarray, np.ndarray]: ...
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode(self, ids: Iterable[int], special: bool = False) -> str: ...
 
     def byte_lengths(self) -> np.ndarray: ...
 
@@ -74,9 +74,10 @@ class ByteTokenizer:
             inside[first : first + len(decoded[begin:end].encode())] = True
         return ids, inside
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text; ids that are no byte are left out, bytes that are no UTF-8 are replaced."""
-        return bytes(i for i in map(int, ids) if i < 256).decode(errors='replace')
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text; bytes that are no UTF-8 are replaced, and ids that are no byte left out, or with `special` shown as <end>."""
+        end = b'<end>' if special else b''
+        return b''.join(bytes((i,)) if i < 256 else end for i in map(int, ids)).decode(errors='replace')
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, [vocab_size]."""
@@ -141,8 +142,9 @@ class HFTokenizer:
             inside |= (begins >= begin) & (begins < end)
         return np.asarray(encoding.ids, np.int32), inside
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text, with or without the special tokens."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, [vocab_size]; special tokens stand for none."""

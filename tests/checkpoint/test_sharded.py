@@ -77,9 +77,15 @@ def sharded(tmp_path_factory):
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-    program = 'import sys; from tests.checkpoint.test_sharded import save_shards; save_shards(*sys.argv[1:3], int(sys.argv[3]))'
-    run = [sys.executable, '-c', program, str(workdir), address]
-    processes = [subprocess.Popen([*run, str(i)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    run = [
+        sys.executable,
+        '-c',
+        'import sys; from tests.checkpoint.test_sharded import save_shards as run; run(*eval(sys.argv[1]))',
+    ]
+    processes = [
+        subprocess.Popen([*run, repr((str(workdir), address, i))], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-3000:]
