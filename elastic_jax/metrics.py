@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,19 @@ import jax
 import numpy as np
 from etils import epath
 
+from elastic_jax.errors import UserError
+from elastic_jax.observe.sinks import Sink, Uploads, appendable
+
 
 class MetricsWriter:
-    """Writes a run's metrics. `resume_step` keeps the lines up to that step: a resumed run takes the others again."""
+    """Writes a run's metrics, and hands them to `sinks` (observe/sinks.py). Close it.
 
-    def __init__(self, workdir: epath.Path, resume_step: int | None = None, enabled: bool = True):
-        self.workdir, self.enabled, self.pending = workdir, enabled, []
-        self.local = '://' not in os.fspath(workdir)
+    `resume_step` keeps the lines up to that step: a resumed run takes the others again.
+    """
+
+    def __init__(self, workdir: epath.Path, resume_step: int | None = None, enabled: bool = True, sinks: Sequence[Sink] = ()):
+        self.workdir, self.enabled, self.pending, self.last = epath.Path(workdir), enabled, [], 0
+        self.local, self.sinks, self.uploads, self.file = appendable(workdir), tuple(sinks), None, None
         if enabled and self.local:
             path = Path(workdir) / 'metrics.jsonl'
             kept = [line for line in read_metrics(workdir) if line['step'] <= resume_step] if resume_step is not None else []
@@ -30,37 +36,79 @@ class MetricsWriter:
             temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
             temporary.replace(path)
             self.file = path.open('a')
+        elif enabled:
+            self.uploads = Uploads()
+            for path in self._objects():
+                if resume_step is None or int(path.stem) > resume_step:
+                    path.unlink()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line. Arrays become lists, non-finite numbers strings (JSON has none)."""
         if not self.enabled:
             return
+        self.last = step
         line = json.dumps({'kind': kind, 'step': step, **to_json(values)})
         if self.local:
             self.file.write(line + '\n')
             self.file.flush()
         else:
-            self.pending.append(line)
+            self.pending.append(line + '\n')
+        for sink in self.sinks:
+            sink.write(kind, step, values)
 
     def saved(self, step: int) -> None:
         """Called with every checkpoint: on an object store, writes what has gathered since the last."""
-        if self.enabled and self.pending:
-            (self.workdir / 'metrics' / f'{step:09d}.jsonl').parent.mkdir(parents=True, exist_ok=True)
-            (self.workdir / 'metrics' / f'{step:09d}.jsonl').write_text('\n'.join(self.pending) + '\n')
+        if self.pending:
+            self.uploads.write(self.workdir / 'metrics' / f'{step:09d}.jsonl', ''.join(self.pending).encode())
             self.pending = []
+        for sink in self.sinks:
+            sink.saved(step)
+
+    def close(self) -> None:
+        """Writes what is left and waits for it."""
+        if self.uploads is not None:
+            self.saved(self.last)
+            self.uploads.close()
+        if self.file is not None:
+            self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def _objects(self) -> list[epath.Path]:
+        folder = self.workdir / 'metrics'
+        return sorted(folder.glob('*.jsonl')) if folder.exists() else []
 
 
-def read_metrics(workdir: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """The lines of a run, in order; a last line cut short by a kill is left out."""
+def read_metrics(workdir: epath.PathLike, say: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a run, in order; a last line cut short by a kill is left out.
+
+    Damaged lines are passed over, and `say` (default: stderr) is told how many, in which file, at which lines. Raises UserError
+    for a line that has no kind and step.
+    """
     workdir = epath.Path(workdir)
     single = workdir / 'metrics.jsonl'
-    paths = [single] if single.exists() else sorted((workdir / 'metrics').glob('*.jsonl'))
-    for path in paths:
-        for line in path.read_text().splitlines():
+    for path in [single] if single.exists() else sorted((workdir / 'metrics').glob('*.jsonl')):
+        lines, damaged = path.read_bytes().split(b'\n'), []
+        for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                found = json.loads(line) if line.strip() else None
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                # What follows the last line break is a line that was being written.
+                damaged += [number] if number < len(lines) else []
                 continue
+            if found is None:
+                continue
+            if not isinstance(found, dict) or not isinstance(found.get('kind'), str) or not isinstance(found.get('step'), int):
+                raise UserError(f'{workdir} has metrics that are not of this program: {str(found)[:80]!r} has no kind and step')
+            yield found
+        if damaged:
+            shown = ', '.join(map(str, damaged[:5])) + (f' and {len(damaged) - 5} more' if len(damaged) > 5 else '')
+            sentence = f'{path}: {len(damaged)} damaged lines are passed over (line {shown})'
+            (say or _say)(sentence.replace('1 damaged lines are', '1 damaged line is') if len(damaged) == 1 else sentence)
+
+
+def _say(sentence: str) -> None:
+    print(f'elastic: {sentence}', file=sys.stderr)
 
 
 def to_json(value: Any) -> Any:

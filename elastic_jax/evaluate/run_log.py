@@ -13,7 +13,7 @@ from elastic_jax.errors import UserError
 from elastic_jax.metrics import read_metrics
 
 Line = dict[str, Any]
-PROSE = ('text', 'prompt', 'note', 'name', 'stage', 'budget')
+PROSE = ('text', 'prompt', 'note', 'name', 'stage', 'budget', 'process_start')
 NON_FINITE = ('nan', 'inf', '-inf')
 
 
@@ -31,12 +31,13 @@ class StageSpan:
 
 @dataclasses.dataclass(frozen=True)
 class RunLog:
-    """A run read from its workdir. `lines` holds the metrics by kind, in order."""
+    """A run read from its workdir. `lines` holds the metrics by kind, in order; `damaged` says what could not be read."""
 
     name: str
     config: Mapping[str, Any]
     stages: tuple[StageSpan, ...]
     lines: Mapping[str, Sequence[Line]]
+    damaged: tuple[str, ...] = ()
 
     def of(self, kind: str) -> Sequence[Line]:
         return self.lines.get(kind, ())
@@ -79,18 +80,17 @@ def read_run(workdir: epath.PathLike) -> RunLog:
             raise UserError(f'{workdir} holds no run (there is no config.json); give the --workdir of elastic train')
         config = json.loads((workdir / 'config.json').read_text())
         lines: dict[str, list[Line]] = {}
-        for line in read_metrics(workdir):
-            if not isinstance(line, dict) or not isinstance(line.get('kind'), str) or not isinstance(line.get('step'), int):
-                raise UserError(f'{workdir} has metrics that are not of this program: {str(line)[:80]!r} has no kind and step')
+        damaged: list[str] = []
+        for line in read_metrics(workdir, damaged.append):
             lines.setdefault(line['kind'], []).append(_numbers(line))
     except UnicodeDecodeError as error:
-        raise UserError(f'{workdir} has a config or metrics that are not text ({error}); restore the files') from error
+        raise UserError(f'{workdir} has a config that is not text ({error}); restore the file') from error
     except json.JSONDecodeError as error:
         raise UserError(f'{workdir}/config.json is not JSON ({error}); restore it') from error
     except OSError as error:
         raise UserError(f'cannot read {workdir}: {error}; check the path and its permissions') from error
     try:
-        return RunLog(str(config.get('name', workdir.name)), config, _stages(config), lines)
+        return RunLog(str(config.get('name', workdir.name)), config, _stages(config), lines, tuple(damaged))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{workdir}/config.json is not the config of a training run ({error!r}); restore it') from error
 

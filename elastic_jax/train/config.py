@@ -80,6 +80,12 @@ def default_config() -> ConfigDict:
     config.eval = ConfigDict({'every': 0, 'batches': 8, 'batch_size': 8, 'context': 256})
     config.samples = ConfigDict({'prompts': (), 'tokens': 120})
     config.log_every = 10
+    # Weights & Biases: off without a project. TensorBoard's files are always written.
+    config.wandb = ConfigDict({'project': '', 'entity': '', 'mode': 'online'})
+    # Global steps to trace with JAX's profiler, into WORKDIR/profile (0 steps: none).
+    config.profile = ConfigDict({'start': 0, 'steps': 0})
+    # For `elastic plan`: budget -> the widths that a search is expected to find, such as 'embed=96,mlp=256'.
+    config.plan = ConfigDict({'widths': ConfigDict(convert_dict=False)})
     config.compilation_cache = ''
     return config
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -19,18 +20,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch
-from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import BatchIterator, make_iterator, read_all
 from elastic_jax.metrics import MetricsWriter
 from elastic_jax.nest.freeze import freeze
 from elastic_jax.nest.ordering import Ordering
 from elastic_jax.nest.router import init_router
+from elastic_jax.observe.clock import Clock
+from elastic_jax.observe.profile import ProfileWindow
+from elastic_jax.observe.sinks import check_observing, open_sinks
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.processes import asked_to_stop, is_main
 from elastic_jax.train import persist
 from elastic_jax.train.calibrate import order_parent
 from elastic_jax.train.curriculum import Stage, draw_budgets
 from elastic_jax.train.finish import Evaluator, finish
+from elastic_jax.train.flops import stage_flops
 from elastic_jax.train.persist import Snapshot
 from elastic_jax.train.programs import BATCH_KEYS, stage_program
 from elastic_jax.train.progress import RunProgress
@@ -52,6 +56,8 @@ class Run:
     writer: MetricsWriter
     progress: RunProgress
     evaluator: Evaluator
+    clock: Clock
+    profile: ProfileWindow
     at: Snapshot
     restored: int | None = None
     teacher: Any = None
@@ -64,10 +70,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises: UserError for a bad config or another experiment's workdir, WorkError when the training itself fails, Stopped
     after SIGTERM, when everything is saved.
     """
+    with closing(Clock()) as clock:
+        _train(config, epath.Path(workdir), clock)
+
+
+def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
     plan = make_plan(config)
+    check_observing(config)
     # A corpus that cannot be read is said before anything is written.
     passed_over = read_all([config.data, *(plan.data(stage) for stage in plan.stages)])
-    workdir = epath.Path(workdir)
     place = plan.place()
     claim_workdir(workdir, config, write=is_main())
     if is_main():
@@ -78,36 +89,26 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     try:
         restored = store.restore_newest()
         latest = None if restored is None else restored.step
-        with RunProgress({stage.name: _work(plan, stage) for stage in plan.stages}, is_main()) as progress:
+        with RunProgress({stage.name: stage_flops(plan, stage) for stage in plan.stages}, is_main()) as progress:
             for sentence in passed_over:
                 progress.say(sentence)
             at = restored or _begin(plan, store, progress.say)
-            writer = MetricsWriter(workdir, latest, is_main())
-            if restored is None:
-                writer.write('stage', 0, stage=plan.stages[0].name, event='start')
-            evaluator = Evaluator(plan, place, writer)
-            run = Run(plan, place, workdir, store, writer, progress, evaluator, at, latest)
-            if restored:
-                progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
-            with StopOnSignal(run):
-                _run_stages(run)
-            store.wait()
+            sinks = open_sinks(config, workdir, latest) if is_main() else ()
+            profile = ProfileWindow(config.profile.start, config.profile.steps if is_main() else 0, workdir / 'profile')
+            with closing(MetricsWriter(workdir, latest, is_main(), sinks)) as writer, closing(profile):
+                if restored is None:
+                    writer.write('stage', 0, stage=plan.stages[0].name, event='start')
+                evaluator = Evaluator(plan, place, writer)
+                run = Run(plan, place, workdir, store, writer, progress, evaluator, clock, profile, at, latest)
+                if restored:
+                    progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
+                with StopOnSignal(run):
+                    _run_stages(run)
+                store.wait()
             if is_main():
                 finish(workdir, progress.say)
     finally:
         store.close()
-
-
-def _work(plan: Plan, stage: Stage) -> float:
-    """FLOPs of a stage, roughly: what the time left is told from."""
-    full = 3.0 * cost_of(plan.parent, stage.context).flops_per_token
-    passes = 1.0
-    if stage.kind == 'search':
-        passes = stage.config.per_step + 1 / 3
-    elif stage.kind == 'elastic':
-        trained = plan.targets.values() if stage.config.mode == 'weighted' else [1.0] * stage.config.per_step
-        passes = sum(trained) + 1 / 3
-    return passes * full * stage.steps * stage.batch_size * stage.context
 
 
 def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snapshot:
@@ -173,7 +174,9 @@ def _run_stages(run: Run) -> None:
         if following is not None:
             # With the checkpoint still to come: a resumed run finds the line there, or writes it again.
             run.writer.write('stage', run.at.step, stage=following.name, event='start')
-        run.store.save(run.at)
+        with run.clock.part('save'):
+            run.store.save(run.at)
+        run.writer.write('goodput', run.at.step, **run.clock.goodput())
         run.writer.saved(run.at.step)
 
 
@@ -181,7 +184,8 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
     """What a finished stage hands to the next one."""
     plan, at = run.plan, run.at
     if following is None:
-        metrics = run.evaluator.final(at, _teacher(run))
+        with run.clock.part('eval'):
+            metrics = run.evaluator.final(at, _teacher(run))
         return dataclasses.replace(at, stage=persist.DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
         return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
@@ -203,7 +207,8 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
             reason = '' if within else f': misses by {result.miss:+.1%}, {result.note}'
             run.progress.say(f'{name}: {result.share:.1%} of the parent for a budget of {result.target:.1%}{reason}')
         run.writer.write('frozen', at.step, budgets=described)
-        run.evaluator.hardening(run.at, archs, router)
+        with run.clock.part('eval'):
+            run.evaluator.hardening(run.at, archs, router)
     return _enter(plan, run.place, following, at.step, at.state.params, router, at.ordering, at.parent, archs)
 
 
@@ -223,6 +228,7 @@ def _run_stage(run: Run, stage: Stage) -> None:
     run.at = dataclasses.replace(run.at, state=run.place.put(run.at.state))
     step_fn = _step_function(run, stage)
     pending: Callable[[], None] | None = None
+    run.clock.ready()
     while run.at.stage_step < stage.steps:
         at = run.at
         fresh = at.stage_step > 0 and at.step != run.restored
@@ -235,20 +241,26 @@ def _run_stage(run: Run, stage: Stage) -> None:
             pending()
             pending = None
         if evaluating:
-            run.evaluator.during(at, stage)
+            with run.clock.part('eval'):
+                run.evaluator.during(at, stage)
         if saving:
             _save(run, batches)
         if stopping:
             run.store.wait()
             raise Stopped(f'stopped at step {at.step} of {plan.steps}, saved; run the same command to go on')
         waiting = time.perf_counter()
-        batch = next(batches)
+        with run.clock.part('data'):
+            batch = next(batches)
         waited = time.perf_counter() - waiting
-        state, metrics = step_fn(at.state, batch, at.stage_step)
+        begun = time.perf_counter() - run.clock.seconds['compile']
+        with run.clock.part('step'), run.profile.step(at.step):
+            state, metrics = step_fn(at.state, batch, at.stage_step)
         run.at = dataclasses.replace(at, step=at.step + 1, stage_step=at.stage_step + 1, state=state)
+        begun += run.clock.seconds['compile']  # compiling is not part of the step
         if pending is not None:
             pending()
-        pending = StepReport(run, stage, run.at.step, run.at.stage_step, metrics, waited)
+            begun = time.perf_counter()
+        pending = StepReport(run, stage, run.at.step, run.at.stage_step, metrics, waited, begun)
     if pending is not None:
         pending()
     run.at = dataclasses.replace(run.at, data=None)
@@ -256,7 +268,8 @@ def _run_stage(run: Run, stage: Stage) -> None:
 
 def _save(run: Run, batches: BatchIterator) -> None:
     run.at = dataclasses.replace(run.at, data=batches.get_state())
-    run.store.save(run.at)
+    with run.clock.part('save'):
+        run.store.save(run.at)
     run.writer.saved(run.at.step)
 
 

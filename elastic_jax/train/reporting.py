@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from elastic_jax.errors import WorkError
+from elastic_jax.observe.peak import utilisation
 from elastic_jax.train.curriculum import Stage, draw_budgets
+from elastic_jax.train.flops import step_flops
 
 if TYPE_CHECKING:
     from elastic_jax.train.loop import Run
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class StepReport:
-    """Writes one step's metrics; called after the next step is dispatched, so that nothing waits for the device."""
+    """Writes one step's metrics; called after the next step is dispatched, so that nothing waits for the device.
+
+    `waited`: seconds for the batch. `begun`: when the device could begin, the step before done.
+    """
 
     run: Run
     stage: Stage
@@ -26,12 +31,14 @@ class StepReport:
     stage_step: int
     metrics: dict[str, jax.Array]
     waited: float
-    begun: float = dataclasses.field(default_factory=time.perf_counter)
+    begun: float
 
     def __call__(self) -> None:
         run, plan = self.run, self.run.plan
-        values = jax.device_get(self.metrics)
+        with run.clock.part('step'):
+            values = jax.device_get(self.metrics)
         took = time.perf_counter() - self.begun
+        run.profile.computed(self.step)
         if values['bad_run'] >= plan.config.max_bad_steps:
             run.store.wait()
             raise WorkError(
@@ -40,8 +47,9 @@ class StepReport:
             )
         tokens = self.stage.batch_size * self.stage.context
         losses = {'loss': float(values['loss'])}
+        pretraining = self.stage.kind == 'pretrain'
+        drawn = () if pretraining else draw_budgets(self.stage, plan.budgets, self.stage_step - 1, plan.config.seed)
         if self.stage.kind == 'search':
-            drawn = draw_budgets(self.stage, plan.budgets, self.stage_step - 1, plan.config.seed)
             losses |= dict(zip((plan.budgets[n] for n in drawn), values['loss/drawn'].tolist(), strict=True))
         else:
             losses |= {name.removeprefix('loss/'): float(v) for name, v in values.items() if name.startswith('loss/')}
@@ -52,6 +60,7 @@ class StepReport:
         )
         if self.step % plan.config.log_every and self.stage_step != self.stage.steps:
             return
+        devices, flops = run.place.mesh.devices, step_flops(plan, self.stage, drawn, run.at.archs)
         named = {name if name == 'loss' else f'loss/{name}': loss for name, loss in losses.items()}
         run.writer.write(
             'train',
@@ -64,7 +73,10 @@ class StepReport:
             tokens_per_second=speed,
             seconds=took,
             data_seconds=self.waited,
+            **utilisation(flops, took, devices.size, devices.flat[0].device_kind),
         )
+        if self.stage_step != self.stage.steps:  # the stage's last line comes after its last save
+            run.writer.write('goodput', self.step, **run.clock.goodput())
         _write_details(run, self.stage, self.step, values)
 
 

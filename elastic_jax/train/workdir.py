@@ -12,7 +12,7 @@ from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 
 # Keys that may change between runs of one experiment, since no number of the result depends on them.
-FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh')
+FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'wandb', 'profile')
 
 
 def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -> None:

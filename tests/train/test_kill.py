@@ -37,8 +37,9 @@ def everything(workdir: Path) -> dict:
     manager = CheckpointManager(workdir)
     items = manager.restore(LAST_STEP, dict.fromkeys(ARRAY_ITEMS))
     manager.close()
-    timing = ('seconds', 'tokens_per_second', 'data_seconds')
-    lines = [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(workdir)]
+    timing = ('seconds', 'tokens_per_second', 'data_seconds', 'flops_per_second')
+    lines = [line for line in read_metrics(workdir) if line['kind'] != 'goodput']
+    lines = [{key: value for key, value in line.items() if key not in timing} for line in lines]
     return {'items': jax.tree.map(np.asarray, items), 'lines': lines}
 
 
