@@ -40,7 +40,7 @@ class Plan:
     by_hand: dict[str, Arch]
     measure: Metric
     stages: tuple[Stage, ...]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None where the run is only planned.
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -97,8 +97,12 @@ class Plan:
         return optax.adam(self.config.router.lr)
 
 
-def make_plan(config: ConfigDict) -> Plan:
-    """Checks a config and resolves it; raises one UserError that lists every problem found."""
+def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
+    """Checks a config and resolves it; raises one UserError that lists every problem found.
+
+    `elsewhere`: the run is not for this machine, which need have neither the tokenizer nor, where `config.arch` is given, the
+    parent's checkpoint.
+    """
     problems: list[str] = []
 
     def attempt(build: Any, *args: Any) -> Any:
@@ -110,8 +114,8 @@ def make_plan(config: ConfigDict) -> Plan:
 
     stages = attempt(make_stages, config)
     layout = Layout(**config.layout.to_dict())
-    parent = attempt(_parent, config)
-    tokenizer = attempt(load_tokenizer, config.data.tokenizer)
+    parent = attempt(build_arch if elsewhere and config.arch.pattern else _parent, config)
+    tokenizer = None if elsewhere else attempt(load_tokenizer, config.data.tokenizer)
     if config.teacher not in ('frozen', 'self', 'none'):
         problems.append(unknown_name('teacher', config.teacher, ['frozen', 'self', 'none']))
     grid, targets, by_hand, measure = (), {}, {}, None
