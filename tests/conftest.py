@@ -9,6 +9,8 @@ import hypothesis
 import jax
 import pytest
 
+# A mesh of eight; what does not ask for one runs on the first device.
+jax.config.update('jax_num_cpu_devices', 8)
 # A forgotten dimension raises instead of being broadcast.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 Axes = tuple[str, ...]
+# What is sent for parameters carries this name in compiled programs and profiles; all else is activations.
+FETCH = 'fetch_parameters'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +86,11 @@ def fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
-    w = w.astype(dtype)
-    for axis in reversed(axes):
-        w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
-    return w
+    with jax.named_scope(FETCH):
+        w = w.astype(dtype)
+        for axis in reversed(axes):
+            w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+        return w
 
 
 def _fetch_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.Array, Any]:
@@ -95,10 +98,11 @@ def _fetch_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.
 
 
 def _fetch_backward(axes: Axes, dim: int, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    grad = grad.astype(jnp.promote_types(like.dtype, jnp.float32))
-    for axis in axes:
-        grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
-    return (grad.astype(like.dtype),)
+    with jax.named_scope(FETCH):
+        grad = grad.astype(jnp.promote_types(like.dtype, jnp.float32))
+        for axis in axes:
+            grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+        return (grad.astype(like.dtype),)
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 from elastic_jax.arch import unknown_name
 from elastic_jax.errors import UserError
@@ -51,6 +53,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     used = math.prod(full.values())
     if used < len(devices) and jax.process_count() > 1:
         raise UserError(f'config.mesh uses {used} of {len(devices)} devices of several processes; give one size as -1')
-    devices = devices[:used]
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(full.values()), AXES, devices=devices, axis_types=types)
+    return jax.sharding.Mesh(_arranged(tuple(full.values()), devices[:used]), AXES, axis_types=types)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array whose neighbours are neighbours on the interconnect; replicas are on slices of their own."""
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f'config.mesh.replica={shape[0]} does not split over {slices} slices; take a multiple of {slices}')
+    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)

@@ -19,6 +19,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.calibrate.update({'batches': 2, 'batch_size': 2, 'context': 32})
     config.eval.update({'every': 5, 'batches': 1, 'batch_size': 4, 'context': 32})
     config.log_every = 1
+    config.mesh.fsdp = 1
     config.checkpoint.update({'every': 3, 'keep': 2})
     config.stages.pretrain = stage('pretrain', 8, 32, 4, balance_rate=1e-3)
     config.stages.short = stage('elastic', 5, 32, 4, accumulate=2)
