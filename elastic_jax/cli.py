@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from elastic_jax.checkpoint.quiet import quiet_failures
 from elastic_jax.errors import UserError, WorkError
 
 PATH_THROUGH = """\
@@ -55,6 +56,7 @@ def _all_actions(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[a
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `elastic` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    quiet_failures()
     try:
         status = run(argv)
     except UserError as error:
@@ -222,17 +224,9 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(argv: list[str]) -> int:
-    from logging import getLogger
-
-    from absl import logging
-
     from elastic_jax.config_file import load_config
     from elastic_jax.train.loop import train
     from elastic_jax.train.signals import Stopped
-
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every array it writes
-    # The other reads of a damaged checkpoint fail as well, each with a traceback that says nothing more.
-    getLogger('asyncio').setLevel('CRITICAL')
 
     config, workdir = load_config(argv)
     try:
@@ -261,12 +255,9 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from absl import logging
-
     from elastic_jax.cost import parameters
     from elastic_jax.hf.importing import import_checkpoint
 
-    logging.set_verbosity(logging.FATAL)  # Orbax prints a traceback for what is reported here as one sentence
     arch = import_checkpoint(arguments.hf, arguments.checkpoint)
     print(f'imported {parameters(arch):,.0f} parameters, {arch.pattern}, to {arguments.checkpoint}', file=sys.stderr)
     return 0

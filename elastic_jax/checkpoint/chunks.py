@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.arrays import subchunking
 
 from elastic_jax.checkpoint.manifest import Manifest
-from elastic_jax.checkpoint.quiet import quiet_orbax
-from elastic_jax.model.params import param_table
+from elastic_jax.model.params import map_table, param_table
 
 # A slice reads whole chunks, so on each axis it reads up to a chunk's edge too much. Axes that count things have edges of one,
 # and cost a slice nothing. Other elastic axes have edges of EDGE, or one part in SHARE of a wide axis.
@@ -26,10 +23,9 @@ FULL, SLIVER = 1 << 14, 1 << 9
 
 
 def params_save(params: Any, manifest: Manifest) -> ocp.args.PyTreeSave:
-    """Saving the parameters of `manifest.arch` in chunks. Leaves: anything with a shape and a dtype."""
+    """Saving the parameters of `manifest.arch` in chunks."""
     table = param_table(manifest.arch, manifest.layout)
-    chunked = lambda param, leaf: ocp.SaveArgs(chunk_byte_size=np.dtype(leaf.dtype).itemsize, shard_axes=Axes(param.axes))
-    return ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunked, table, params))
+    return ocp.args.PyTreeSave(params, save_args=map_table(lambda param: ocp.SaveArgs(shard_axes=Axes(param.axes)), table))
 
 
 def chunk_shape(axes: tuple[str, ...], shape: tuple[int, ...], written: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,5 +64,3 @@ def _choose_chunk_shape(
 # Orbax has no option for the shape of a chunk, only for its size. Its own choice cuts those axes to slivers that devices split.
 _ORBAX_CHOICE = subchunking.choose_chunk_shape
 subchunking.choose_chunk_shape = _choose_chunk_shape
-
-quiet_orbax()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -99,7 +100,7 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> Non
     """
     root = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax wants absolute paths
     arrays = _LazyHandler()
-    registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, arrays))
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), (LazyLeaf, arrays))
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         data=ocp.JsonCheckpointHandler(),

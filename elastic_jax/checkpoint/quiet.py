@@ -1,48 +1,29 @@
-"""What Orbax prints and users need not see."""
+"""What a command prints of a failure is one sentence; Orbax and asyncio would print a traceback for each of their threads."""
 
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
-
-class _Filter(logging.Filter):
-    """Drops two things: that chunks are small, said for every array, when they are meant to be; and tracebacks of failed
-    saves, said by each of Orbax's threads, when the failure itself comes out of the manager as one WorkError.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name == 'asyncio':
-            return not ('exception was never retrieved' in record.getMessage() and 'async_serialize' in record.getMessage())
-        if 'orbax' not in record.pathname:
-            return True
-        return not record.exc_info and 'target_byte_size too small' not in str(record.msg)
+from absl import logging as absl_logging
 
 
-class _Unraisable:
-    """When one write of a save fails, Orbax closes its event loop under the others, and each of them would report that."""
+@functools.cache
+def quiet_failures() -> None:
+    """For commands, whose failures come out of Orbax as exceptions too: Orbax logs nothing, and asyncio nothing of its tasks."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
 
-    def __init__(self, before: Callable[..., Any]):
-        self.before = before
+    def report_others(unraisable: Any) -> None:
+        # When one write of a save fails, Orbax closes its event loop under the others.
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            report(unraisable)
 
-    def __call__(self, unraisable: Any) -> None:
-        abandoned = unraisable.object is None and str(unraisable.exc_value) == 'Event loop is closed'
-        if not abandoned and 'async_serialize_from_host' not in repr(unraisable.object):
-            self.before(unraisable)
-
-
-def quiet_orbax() -> None:
-    """Does nothing the second time."""
-    for name in ('absl', 'asyncio'):
-        logging.getLogger(name).addFilter(_FILTER)
-    if not isinstance(sys.unraisablehook, _Unraisable):
-        sys.unraisablehook = _Unraisable(sys.unraisablehook)
-        # Writes that a failed save abandoned are cleared away while Python can still do so, not when it is half gone.
-        atexit.register(gc.collect)
-
-
-_FILTER = _Filter()
+    sys.unraisablehook = report_others
+    # Those others are cleared away while Python can still do so, not when it is half gone.
+    atexit.register(gc.collect)
