@@ -15,7 +15,7 @@ from elastic_jax.arch import Arch, Attention, Mamba
 from elastic_jax.model.attention import init_kv_cache
 from elastic_jax.model.context import Context
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
-from elastic_jax.model.mamba import MambaCache, init_mamba_cache
+from elastic_jax.model.mamba import MambaCache, init_mamba_cache, settle
 from elastic_jax.model.params import layer_name
 
 
@@ -50,12 +50,30 @@ def rewind(cache: Cache, length_B: jax.Array, recurrent: dict[str, MambaCache]) 
     return Cache(length_B, {**cache.blocks, **recurrent})
 
 
+def settle_cache(arch: Arch, cache: Cache, kept_B: jax.Array) -> Cache:
+    """The cache after the first `kept_B` tokens of a chunk that was run as a trial."""
+    blocks = dict(cache.blocks)
+    for i, mixer in enumerate(arch.mixers):
+        if isinstance(mixer, Mamba):
+            _, blocks[layer_name(i)] = settle(blocks[layer_name(i)], kept_B, mixer)
+    return Cache(cache.length_B + kept_B, blocks)
+
+
 def cached_hidden_states(
-    params: dict[str, Any], tokens_BxT: jax.Array, arch: Arch, cache: Cache, valid_B: jax.Array, dtype: Any = jnp.float32
+    params: dict[str, Any],
+    tokens_BxT: jax.Array,
+    arch: Arch,
+    cache: Cache,
+    valid_B: jax.Array,
+    dtype: Any = jnp.float32,
+    trial: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """(final hidden states [B, T, D], the cache after the chunk's real tokens)."""
+    """(final hidden states [B, T, D], the cache after the chunk's real tokens).
+
+    As a trial the cache is for `settle_cache` alone, which says how many of the tokens stay.
+    """
     positions_BxT = cache.length_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-    context = Context(positions_BxT, None, valid_B, cache.length_B, arch.norm_eps, dtype=dtype)
+    context = Context(positions_BxT, None, valid_B, cache.length_B, trial, arch.norm_eps, dtype=dtype)
     x_BxTxD, blocks = embed_tokens(params, tokens_BxT, dtype), {}
     for i, mixer in enumerate(arch.mixers):
         if mixer is None:
@@ -64,12 +82,19 @@ def cached_hidden_states(
         x_BxTxD, block_cache, _ = apply_block(params[name], x_BxTxD, mixer, context, cache.blocks.get(name))
         if block_cache is not None:
             blocks[name] = block_cache
-    return final_norm(params, x_BxTxD, context), Cache(cache.length_B + valid_B, blocks)
+    length_B = cache.length_B if trial else cache.length_B + valid_B
+    return final_norm(params, x_BxTxD, context), Cache(length_B, blocks)
 
 
 def cached_logits(
-    params: dict[str, Any], tokens_BxT: jax.Array, arch: Arch, cache: Cache, valid_B: jax.Array, dtype: Any = jnp.float32
+    params: dict[str, Any],
+    tokens_BxT: jax.Array,
+    arch: Arch,
+    cache: Cache,
+    valid_B: jax.Array,
+    dtype: Any = jnp.float32,
+    trial: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """(logits [B, T, V] in float32, the cache after the chunk's real tokens)."""
-    hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, arch, cache, valid_B, dtype)
+    """(logits [B, T, V] in float32, the cache after the chunk's real tokens); arguments as of `cached_hidden_states`."""
+    hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, arch, cache, valid_B, dtype, trial)
     return jnp.matmul(hidden_BxTxD, unembedding(params).astype(dtype), preferred_element_type=jnp.float32), cache

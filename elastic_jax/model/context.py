@@ -21,6 +21,7 @@ class Context:
         reset where it changes. 0 is padding.
       valid_B: with a cache, how many of this chunk's T tokens are real (prompts are padded on the right).
       length_B: with a cache, how many tokens it already holds.
+      trial: with a cache, whether Mamba blocks return a `MambaTrial` in its place, so that tokens can still be taken back.
       taps: whether blocks also return the activations that importance is measured on.
       norm_eps: epsilon of every norm.
       dtype: the dtype of the matmuls.
@@ -31,6 +32,7 @@ class Context:
     segment_ids_BxT: jax.Array | None = None
     valid_B: jax.Array | None = None
     length_B: jax.Array | None = None
+    trial: bool = False
     norm_eps: float = 1e-5
     taps: bool = False
     dtype: Any = jnp.float32

@@ -24,6 +24,22 @@ class MambaCache(NamedTuple):
     state_BxGxMxPxN: jax.Array
 
 
+class MambaTrial(NamedTuple):
+    """A chunk that was run but is not in the cache yet: `settle` takes in as many of its tokens as are kept.
+
+    It holds what the recurrence is computed from, which is much less than a state for every token, and settling reads no
+    weights. `inputs` are the convolutions'.
+    """
+
+    before: MambaCache
+    inputs: dict[str, jax.Array]
+    x_BxTxGxMxP: jax.Array
+    dt_BxTxGxM: jax.Array
+    a_GxM: jax.Array
+    b_BxTxGxN: jax.Array
+    c_BxTxGxN: jax.Array
+
+
 def init_mamba_cache(mixer: Mamba, batch: int, dtype: jnp.dtype) -> MambaCache:
     g, m, p, n = mixer.groups, mixer.heads_per_group, mixer.head_dim, mixer.state
     window = (batch, mixer.conv - 1, g)
@@ -48,13 +64,11 @@ def mamba(
     x_BxTxD = enter(x_BxTxD, axes)
     project = lambda name: jnp.tensordot(x_BxTxD, params[name].astype(x_BxTxD.dtype), axes=1)
     inputs = {name: project(name) for name in ('x', 'b', 'c')}
-    convolved, history = {}, {}
+    convolved = {}
     for name, u in inputs.items():
         past = None if cache is None else getattr(cache, name)
         kernel, bias = params[f'conv_{name}'], params.get(f'conv_{name}_bias')
         convolved[name] = jax.nn.silu(causal_conv(u, kernel, bias, context.segment_ids_BxT, past))
-        if cache is not None:
-            history[name] = _last_inputs(past, u, context.valid_B)
     x_BxTxGxMxP, b_BxTxGxN, c_BxTxGxN = convolved['x'], convolved['b'], convolved['c']
 
     dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'][None, None])
@@ -63,12 +77,9 @@ def mamba(
     if cache is None:
         y_BxTxGxMxP, _ = ssd(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT, mixer.chunk)
     else:
-        # A token past the end of its row takes a step of zero length, which leaves the state as it is.
-        real_BxT = jnp.arange(x_BxTxD.shape[1])[None] < context.valid_B[:, None]
-        dt_BxTxGxM = jnp.where(real_BxT[..., None, None], dt_BxTxGxM, 0.0)
-        run = ssd_step if x_BxTxD.shape[1] == 1 else lambda *args: ssd(*args[:5], None, mixer.chunk, args[5])
-        y_BxTxGxMxP, state = run(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, cache.state_BxGxMxPxN)
-        cache = MambaCache(**history, state_BxGxMxPxN=state)
+        trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
+        y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
+        cache = trial if context.trial else cache
     y_BxTxGxMxP = y_BxTxGxMxP + params['d'][None, None, ..., None] * x_BxTxGxMxP.astype(jnp.float32)
 
     gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
@@ -76,6 +87,18 @@ def mamba(
     normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, gated_ratio, axes=(-2, -1))
     y_BxTxD = leave(jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
+
+
+def settle(trial: MambaTrial, kept_B: jax.Array, mixer: Mamba) -> tuple[jax.Array, MambaCache]:
+    """(y [B, T, G, M, P] of the recurrence, the cache after each row's first `kept_B` tokens)."""
+    # A token that is not kept takes a step of zero length, which leaves the state as it is.
+    real_BxT = jnp.arange(trial.dt_BxTxGxM.shape[1])[None] < kept_B[:, None]
+    dt_BxTxGxM = jnp.where(real_BxT[..., None, None], trial.dt_BxTxGxM, 0.0)
+    run = ssd_step if real_BxT.shape[1] == 1 else lambda *args: ssd(*args[:5], None, mixer.chunk, args[5])
+    inputs = trial.x_BxTxGxMxP, dt_BxTxGxM, trial.a_GxM, trial.b_BxTxGxN, trial.c_BxTxGxN
+    y_BxTxGxMxP, state = run(*inputs, trial.before.state_BxGxMxPxN)
+    history = {name: _last_inputs(getattr(trial.before, name), u, kept_B) for name, u in trial.inputs.items()}
+    return y_BxTxGxMxP, MambaCache(**history, state_BxGxMxPxN=state)
 
 
 def _last_inputs(past_BxKxC: jax.Array, u_BxTxC: jax.Array, valid_B: jax.Array) -> jax.Array:
