@@ -7,6 +7,7 @@ is one number, and Grain reads ahead in threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ __all__ = [
 
 Ranges = Sequence[tuple[int, int]]
 ENDLESS = 2**40
+BLOCK_TOKENS = 2**16
 
 
-class Batches(grain.sources.RandomAccessDataSource):
+class Batches:
     """Batch k of an endless stream: this process's rows of it.
 
     `rows` are the (first, one past the last) ranges of rows that this process's devices hold; None for all.
@@ -45,14 +47,18 @@ class Batches(grain.sources.RandomAccessDataSource):
         ranges = ((0, batch_size),) if rows is None else rows
         self.rows = np.concatenate([np.arange(first, last) for first, last in ranges])
 
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __repr__(self) -> str:
-        return f'Batches({self.identity()})'
+        self.per_block = max(1, BLOCK_TOKENS // (len(self.rows) * stream.context))
 
     def __getitem__(self, index: int) -> Batch:
+        """Batch `index`."""
         return self.stream.batch(index * self.batch_size + self.rows)
+
+    def block(self, index: int) -> list[Batch]:
+        """Batches index · per_block and following, made at once: one by one, small ones would cost more in calls than in tokens."""
+        numbers = index * self.per_block + np.arange(self.per_block)
+        block = self.stream.batch((numbers[:, None] * self.batch_size + self.rows).ravel())
+        split = {key: np.split(value, self.per_block) for key, value in block.items()}
+        return [{key: parts[i] for key, parts in split.items()} for i in range(self.per_block)]
 
     def identity(self) -> dict[str, Any]:
         """What a position in these batches is a position of."""
@@ -65,6 +71,22 @@ class Batches(grain.sources.RandomAccessDataSource):
         }
 
 
+class _Blocks(grain.sources.RandomAccessDataSource):
+    """The blocks of batches, for Grain."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __repr__(self) -> str:
+        return f'Blocks({self.batches.identity()})'
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return self.batches.block(index)
+
+
 class BatchIterator:
     """An endless stream of batches whose state is that of the last batch handed out."""
 
@@ -74,8 +96,10 @@ class BatchIterator:
 
     def _start(self, batch: int) -> None:
         self.next_batch = batch
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-        self._iterator = iter(grain.MapDataset.source(self.source)[batch:].to_iter_dataset(options))
+        block, within = divmod(batch, self.source.per_block)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        blocks = grain.MapDataset.source(_Blocks(self.source))[block:].to_iter_dataset(options)
+        self._iterator = itertools.islice(itertools.chain.from_iterable(blocks), within, None)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

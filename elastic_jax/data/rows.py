@@ -60,25 +60,27 @@ class ConcatRows:
         return order, np.concatenate([[0], np.cumsum(lengths)])
 
     def pieces(self, rows: np.ndarray) -> Pieces:
-        """The pieces of some rows, [n] ascending row numbers."""
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        runs = [self._run(int(run[0]), len(run), None) for run in np.split(rows, breaks)]
-        places = np.concatenate([[0], breaks])
-        return _joined(runs, places)
+        """The pieces of some rows, [n] ascending row numbers; all documents between the first and the last are looked at."""
+        return self._pieces(rows, int(rows[-1] + 1) * self.context)
 
     def once(self, rows: np.ndarray) -> Pieces:
         """The same for rows of the first epoch, of which the last one ends with the documents."""
-        return _joined([self._run(int(row), 1, self.total) for row in rows], np.arange(len(rows)))
+        return self._pieces(rows, min(int(rows[-1] + 1) * self.context, self.total))
 
-    def _run(self, first_row: int, count: int, limit: int | None) -> Pieces:
-        low, high = first_row * self.context, (first_row + count) * self.context
-        high = high if limit is None else min(high, limit)
-        begins, starts, ends = self._documents(low, high)
-        cuts = np.arange(low, high, self.context)
-        bounds = np.unique(np.concatenate([cuts, begins[begins > low]]))
+    def _pieces(self, rows: np.ndarray, high: int) -> Pieces:
+        row_begins = rows * self.context
+        begins, starts, ends = self._documents(int(row_begins[0]), high)
+        # A piece begins where a row does, and where a document begins inside one of the rows.
+        row_of = np.searchsorted(row_begins, begins, side='right') - 1
+        inside = begins - row_begins[row_of]
+        own = (row_of >= 0) & (inside > 0) & (inside < self.context)
+        bounds = np.concatenate([row_begins, begins[own]])
+        row = np.concatenate([np.arange(len(rows)), row_of[own]])
+        order = np.argsort(bounds, kind='stable')
+        bounds, row = bounds[order], row[order]
         document = np.searchsorted(begins, bounds, side='right') - 1
-        length = np.diff(np.append(bounds, high))
-        return Pieces((bounds - low) // self.context, starts[document] + bounds - begins[document], length, ends[document])
+        until = np.minimum(np.append(bounds[1:], high), row_begins[row] + self.context)
+        return Pieces(row, starts[document] + bounds - begins[document], np.minimum(until, high) - bounds, ends[document])
 
     def _documents(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(place in the stream, first token and end in the store) of the documents that meet tokens low to high of the stream."""
@@ -125,13 +127,6 @@ class PackedRows:
     def once(self, rows: np.ndarray) -> Pieces:
         """The same: an epoch's rows end with its documents."""
         return self.pieces(rows)
-
-
-def _joined(runs: list[Pieces], first_rows: np.ndarray) -> Pieces:
-    if len(runs) == 1:
-        return runs[0]
-    row = np.concatenate([run.row + first for run, first in zip(runs, first_rows, strict=True)])
-    return Pieces(row, *(np.concatenate([getattr(run, name) for run in runs]) for name in ('start', 'length', 'end')))
 
 
 def ramps(lengths: np.ndarray) -> np.ndarray:

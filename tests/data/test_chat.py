@@ -25,10 +25,11 @@ TEXT = (
     '<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\nNo 🙂.<|im_end|>\n'
 )
 UNMARKED = CHATML.replace('{% generation %}', '').replace('{% endgeneration %}', '')
-# As templates of reasoning models have it: thinking stays in the last answer alone, and the prompt opens it.
+# As templates of reasoning models have it: thinking stays in the last answer alone, and the prompt opens it, with a line end
+# that the answer does not have.
 THINKING = (
     '{% for m in messages %}[{{ m.role }}]{% if m.role == "assistant" and loop.last %}<think>{{ m.thought }}</think>{% endif %}'
-    '{{ m.content }}[end]\n{% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}'
+    '{{ m.content }}[end]\n{% endfor %}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}'
 )
 
 

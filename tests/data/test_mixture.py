@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_jax.data import pipeline
 from elastic_jax.data.mixture import LONGEST_PERIOD, Mixture, period_counts
-from elastic_jax.data.pipeline import Batches
+from elastic_jax.data.pipeline import Batches, BatchIterator
 from elastic_jax.data.rows import ConcatRows
 from elastic_jax.data.stream import Stream
 from tests.data.plain import assert_rows, concat_rows, make_store
@@ -51,6 +52,21 @@ def test_a_period_holds_the_shares_as_written(weights, expected):
 
 def test_the_smallest_source_is_not_lost():
     assert period_counts([1e-9, 1.0, 1 / 7])[0] == 1
+
+
+@pytest.mark.parametrize('start', [0, 1, 2, 3, 7])
+def test_batches_made_in_blocks_are_those_made_one_by_one(monkeypatch, start):
+    monkeypatch.setattr(pipeline, 'BLOCK_TOKENS', 100)
+    stores = [make_store([5, 9, 30, 2], name=i) for i in range(2)]
+    stream = Stream({f's{i}': ConcatRows(store, 8, 0) for i, store in enumerate(stores)}, [2, 1], 8, 0)
+    batches = Batches(stream, 5, [(1, 3), (4, 5)])
+    assert batches.per_block == 4
+    iterator = BatchIterator(batches, start)
+    for k in range(start, start + 10):
+        found, expected = next(iterator), batches[k]
+        assert iterator.get_state()['next_batch'] == k + 1
+        for key in expected:
+            np.testing.assert_array_equal(found[key], expected[key])
 
 
 @given(
