@@ -17,6 +17,7 @@ _LISTED = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _IOTA = re.compile(r'replica_groups=\[\d+,(\d+)\]')
 _DEVICES = re.compile(r'^HloModule.*?num_partitions=(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,15 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def estimated_cycles(text: str) -> int:
-    """The TPU compiler's estimate of the cycles of all fusions; kernels and collectives are not in it. 0 for other targets."""
+    """The TPU compiler's estimate of the cycles of all fusions; kernels and collectives are not in it. 0 for other targets.
+
+    Of fusions that it has no estimate for it writes the largest integer there is; they count nothing.
+    """
 
     def measure(line: str, own: Computation) -> Counter:
         cycles = _CYCLES.search(line)
-        return Counter(cycles=int(cycles[1]) if cycles else 0)
+        known = cycles is not None and int(cycles[1]) < _NO_ESTIMATE
+        return Counter(cycles=int(cycles[1]) if known else 0)
 
     return tally(text, measure, inside_fusions=False)['cycles']
 

@@ -4,10 +4,10 @@ Shows: the published job at its real size, with all its width axes: embedding ch
 widths that differ by layer. 65B tokens at 8192 with the search, then 45B at 49152 with weights 0.5/0.3/0.2. One sequence per
 chip of 256 v5p chips.
 
-  elastic plan   --config experiments/nemotron_elastic_12b.py --topology v5p:8x8x4              without hardware; hours on two cores
-  elastic plan   --config experiments/nemotron_elastic_12b.py:one_period --topology v5p:8x8x4   one repeat of the layers, real widths
+  elastic plan   --config experiments/nemotron_elastic_12b.py --topology v5p:8x8x4              no hardware needed
+  elastic plan   --config experiments/nemotron_elastic_12b.py:one_period --topology v5p:8x8x4   one repeat of the layers
   elastic import --hf nvidia/NVIDIA-Nemotron-Nano-12B-v2 --checkpoint runs/nano_v2
-  elastic train  --config experiments/nemotron_elastic_12b.py --workdir gs://BUCKET/nemotron    with data (config.data.sources)
+  elastic train  --config experiments/nemotron_elastic_12b.py --workdir gs://BUCKET/nemotron    with your config.data
 
 What it costs is in RESULTS.md, by the TPU compiler. The parent has 12.31B parameters. The widths that are planned with are not
 the paper's, but have its budgets' sizes (9.00B, 5.98B) on multiples of 256, the TPU's tile.

@@ -4,10 +4,10 @@ Shows: the published job at its real size. The router searches embedding channel
 then all three budgets are distilled together, at 8192 tokens uniformly (100B tokens with the search) and at 49152 tokens with
 weights 0.5/0.3/0.2 (60B tokens). One sequence per chip of 256 v5p chips.
 
-  elastic plan   --config experiments/star_elastic_nano_v3.py --topology v5p:8x8x4              without hardware; hours on two cores
-  elastic plan   --config experiments/star_elastic_nano_v3.py:one_period --topology v5p:8x8x4   one repeat of the layers, real widths
+  elastic plan   --config experiments/star_elastic_nano_v3.py --topology v5p:8x8x4              no hardware needed
+  elastic plan   --config experiments/star_elastic_nano_v3.py:one_period --topology v5p:8x8x4   one repeat of the layers
   elastic import --hf nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --checkpoint runs/nano_v3
-  elastic train  --config experiments/star_elastic_nano_v3.py --workdir gs://BUCKET/star        with data (config.data.sources)
+  elastic train  --config experiments/star_elastic_nano_v3.py --workdir gs://BUCKET/star        with your config.data
 
 What it costs is in RESULTS.md, by the TPU compiler. The 23B's widths are not published; those
 below have its parameters (23.70B), and the 12B's are the published ones (12.43B).

@@ -116,6 +116,7 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
   %t = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%i, %x)
   %w = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%t), condition=%condition, body=%body
   %y = bf16[4,8]{1,0} get-tuple-element(%w), index=1
+  %u = bf16[4,8]{1,0} copy(%x), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   ROOT %sum = bf16[4,8]{1,0} all-reduce(%y), replica_groups={}, to_apply=%add
 }
 """

@@ -1,0 +1,61 @@
+"""What to change in a config when a program does not fit in memory, the largest part first."""
+
+from __future__ import annotations
+
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.sharding import data_parallelism
+from elastic_jax.plan.compiled import Compiled
+from elastic_jax.train.setup import Plan
+
+
+def changes(name: str, compiled: Compiled | None, plan: Plan, place: Placement) -> list[str]:
+    """Sentences that name config keys, for a program that does not fit; none for one that does."""
+    if compiled is None or compiled.fits:
+        return []
+    stored = sum(compiled.memory.get(part, 0) for part in ('parameters', 'optimizer', 'teacher'))
+    if name.startswith('decode/'):
+        return [
+            f'{name}: more than one chip holds; decode on several chips, or with a shorter context than {plan.stages[-1].context}'
+        ]
+    of_state, of_batch = _for_state(name, plan, place), _for_batch(name, plan, place)
+    return of_state + of_batch if stored > compiled.total / 2 else of_batch + of_state
+
+
+def _for_state(name: str, plan: Plan, place: Placement) -> list[str]:
+    shape = place.mesh.shape
+    spread = shape['fsdp'] * shape['expert'] * shape['tensor']
+    wider = [size for size in range(shape['fsdp'] + 1, place.mesh.size + 1) if _splits(size, plan, place)]
+    if shape['replica'] > 1 and wider:
+        return [
+            f'{name}: parameters and optimiser are split {spread} ways over {place.mesh.size} chips; '
+            f'take config.mesh.fsdp={wider[-1]} and config.mesh.replica=-1'
+        ]
+    return [f'{name}: parameters and optimiser are already split {spread} ways; take a topology with more chips']
+
+
+def _splits(fsdp: int, plan: Plan, place: Placement) -> bool:
+    others = place.mesh.shape['expert'] * place.mesh.shape['tensor']
+    return plan.parent.embed % fsdp == 0 and place.mesh.size % (fsdp * others) == 0
+
+
+def _for_batch(name: str, plan: Plan, place: Placement) -> list[str]:
+    stage = next(stage for stage in plan.stages if stage.name == name.partition('/')[0])
+    found, parts = [], data_parallelism(place.mesh)
+    rows = stage.batch_size // parts // stage.config.accumulate
+    if not plan.config.remat:
+        found.append(f"{name}: keep only the layers' inputs: config.remat=True")
+    if rows > 1:
+        pieces = stage.batch_size // parts
+        found.append(
+            f'{name}: {rows} sequences are on a chip at a time; take config.stages.{stage.name}.accumulate={pieces}, '
+            f'or config.stages.{stage.name}.batch_size={parts}'
+        )
+    else:
+        found.append(
+            f'{name}: one sequence of {stage.context} tokens is on a chip; split its units: '
+            f'config.mesh.tensor={2 * place.mesh.shape["tensor"]}, or take a shorter context: '
+            f'config.stages.{stage.name}.context={stage.context // 2}'
+        )
+    if plan.config.loss_chunk > 512:
+        found.append(f'{name}: smaller pieces of logits: config.loss_chunk=512')
+    return found

@@ -1,0 +1,98 @@
+"""Compiling one program for devices that are not here, and what its compiler says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elastic_jax.errors import WorkError
+from elastic_jax.hlo import matmul_flops
+from elastic_jax.hlo_cost import Collective, collectives, estimated_cycles
+
+_USED = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of one compiled program; all of it for one device.
+
+    Attributes:
+      memory: bytes by part: those of the arguments, `activations`, `temporary` and `other`.
+      total: bytes in all; where the compiler gave up for want of memory, what it would have used.
+      cycles: estimated by the compiler, without kernels and collectives; None where it gave up.
+      matmul_flops: in the program, without kernels.
+      compile_seconds: tracing and compiling.
+    """
+
+    memory: dict[str, int]
+    total: int
+    fits: bool
+    cycles: int | None
+    matmul_flops: float | None
+    collectives: dict[str, Collective] | None
+    compile_seconds: float
+
+
+def compile_program(fn: Any, args: Sequence[Any], parts: Mapping[str, Any], capacity: int, activations: int = 0) -> Compiled:
+    """Compiles jitted `fn` for abstract arguments with shardings.
+
+    Args:
+      parts: name -> the tree in `args` that it stands for (parameters, optimizer, teacher …).
+      capacity: bytes of memory of one device.
+      activations: bytes that are known to be kept for the backward pass; the rest of what is allocated is `temporary`.
+    Raises: WorkError when the compiler fails for another reason than memory.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix='elastic-plan-') as folder:
+        lowered = fn.lower(*args)
+        memory = {name: device_bytes(tree) for name, tree in parts.items()}
+        try:
+            compiled = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+        except jax.errors.JaxRuntimeError as error:
+            total = _used(str(error))
+            if total is None:
+                raise WorkError(f'the TPU compiler failed: {" ".join(str(error).split())[:400]}') from error
+            memory = _with_rest(memory, activations, total, total - sum(memory.values()))
+            return Compiled(memory, total, False, None, None, None, time.monotonic() - started)
+        seconds, text = time.monotonic() - started, _text(Path(folder))
+    stats = compiled.memory_analysis()
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = arguments + outputs + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    memory = _with_rest(memory, activations, total, stats.temp_size_in_bytes)
+    cycles, flops, exchanged = estimated_cycles(text), matmul_flops(text), collectives(text)
+    return Compiled(memory, total, total <= capacity, cycles, flops, exchanged, seconds)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
+    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _with_rest(memory: dict[str, int], activations: int, total: int, allocated: int) -> dict[str, int]:
+    kept = max(0, min(activations, allocated))
+    parts = memory | {'activations': kept, 'temporary': max(0, allocated - kept)}
+    return parts | {'other': max(0, total - sum(parts.values()))}
+
+
+def _used(message: str) -> int | None:
+    """Bytes that a program would have used, from the message of a compiler that ran out of memory."""
+    found = _USED.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _text(folder: Path) -> str:
+    """The optimised program as text. Of large ones `as_text()` fails, but the compiler's own dump can be read."""
+    dumps = sorted(folder.glob('*after_codegen.txt'), key=lambda path: path.stat().st_size)
+    if not dumps:
+        raise WorkError('the TPU compiler wrote no text of its program; install the libtpu that belongs to this version of jax')
+    return dumps[-1].read_text()
