@@ -27,6 +27,7 @@ The usual path:
   elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '      text from any size
   elastic slice    --checkpoint runs/quickstart --budget small --out out/small      one size as a checkpoint of its own
   elastic report   --workdir runs/quickstart                                        report.html and pareto.png
+  elastic plan     --config experiments/quickstart.py --topology v5e:2x2            what it takes on TPUs, without one
 
 `elastic VERB --help` says more about each.
 """
@@ -84,7 +85,7 @@ def run(argv: list[str]) -> int:
         return 0
     if argv[0] == 'train' and not {'-h', '--help'} & set(argv):
         return _train(argv[1:])
-    overrides = [argument for argument in argv if argv[0] == 'data' and argument.startswith('--config.')]
+    overrides = [argument for argument in argv if argv[0] in ('data', 'plan') and argument.startswith('--config.')]
     arguments = _parser().parse_strictly([argument for argument in argv if argument not in overrides])
     arguments.overrides = overrides
     return arguments.run(arguments)
@@ -130,6 +131,23 @@ def _parser() -> _Parser:
     data.add_argument('--tokens', type=int, default=400, help='at most so many tokens of each row (default: 400)')
     data.add_argument('--seconds', type=float, default=1.0, help='how long speed is measured, for each stage (default: 1)')
     _json(data)
+
+    plan = verb(
+        'plan',
+        'Compile a run for TPUs that are not here: memory, cycles, collectives, whether it fits, and what to change if not.',
+        'elastic plan --config experiments/star_elastic_nano_v3.py:one_period --topology v5p:8x8x4 --programs short',
+        _plan,
+    )
+    plan.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='file with get_config(arg); --config.key=value overrides'
+    )
+    plan.add_argument('--topology', required=True, metavar='NAME', help='such as v5p:8x8x4: family and shape in chips')
+    plan.add_argument(
+        '--programs',
+        metavar='NAMES',
+        help='comma-separated (default: all): STAGE, STAGE/BUDGET (it alone), STAGE/masks, decode/BUDGET',
+    )
+    _json(plan)
 
     imported = verb(
         'import',
@@ -251,6 +269,19 @@ def _data(arguments: argparse.Namespace) -> int:
         stages = found
     described = describe(stages, max(arguments.samples, 0), arguments.tokens, arguments.seconds)
     print(json.dumps(described) if arguments.json else render(described, color=sys.stdout.isatty()))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from elastic_jax.config_file import load_config
+    from elastic_jax.plan.planner import plan_run
+    from elastic_jax.plan.table import show
+
+    config, _ = load_config(['--config', arguments.config, *arguments.overrides], 'plan')
+    only = arguments.programs.split(',') if arguments.programs else ()
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    planned = plan_run(config, arguments.topology, only, say)
+    print(json.dumps(planned.to_json()) if arguments.json else show(planned))
     return 0
 
 
