@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 
-from elastic_jax.hlo import Computation, opcode, operands, tally
+from elastic_jax.hlo import ROOT, Computation, opcode, operands, tally
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
@@ -71,9 +71,22 @@ def _measure(line: str, own: Computation, every: int) -> Counter:
     kind = opcode(line).removesuffix('-start')
     if kind not in KINDS:
         return Counter()
+    if kind == 'all-reduce' and _is_scattered(line, own):
+        kind = 'reduce-scatter'
     size = 2 if kind == 'collective-permute' else _group_size(line, every)
     given = sum(_bytes(own[name]) for name in operands(line))
     return Counter({(kind, size, 'count'): 1, (kind, size, 'bytes'): given * (size if kind == 'all-gather' else 1)})
+
+
+def _is_scattered(line: str, own: Computation) -> bool:
+    """Whether of an all-reduce's result only this device's part is made: so the TPU compiler writes many reduce-scatters."""
+    result = own.get(own.get(ROOT, ''), '')
+    if opcode(result) != 'dynamic-slice':
+        return False
+    source = own[operands(result)[0]]
+    while opcode(source) == 'bitcast':
+        source = own[operands(source)[0]]
+    return source == line
 
 
 def _group_size(line: str, every: int) -> int:

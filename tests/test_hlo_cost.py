@@ -88,6 +88,14 @@ HloModule jit_f, is_scheduled=true, num_partitions=8
   ROOT %rs.1 = bf16[4,8]{1,0:T(8,128)(2,1)} reduce-scatter(%q.0), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
 }
 
+%all-reduce-scatter (r.0: bf16[16,8]) -> bf16[4,8] {
+  %r.0 = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %ar.0 = bf16[16,8]{1,0:T(8,128)(2,1)} all-reduce(%r.0), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %whole = bf16[16,8]{1,0:T(8,128)(2,1)} bitcast(%ar.0)
+  %own = u32[] partition-id()
+  ROOT %part = bf16[4,8]{1,0:T(8,128)(2,1)} dynamic-slice(%whole, %own, %own), dynamic_slice_sizes={4,8}
+}
+
 %body (s.0: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %s.0 = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %i.0 = s32[]{:T(128)} get-tuple-element(%s.0), index=0
@@ -99,7 +107,8 @@ HloModule jit_f, is_scheduled=true, num_partitions=8
   %f.0 = bf16[16,8]{1,0} fusion(%ag.1), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
   %rs.2 = ((bf16[16,8]{1,0}), bf16[4,8]{1,0}, s32[]) async-start(%f.0), calls=%async
   %rs.3 = bf16[4,8]{1,0} async-done(%rs.2), calls=%async
-  ROOT %s.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%i.1, %rs.3)
+  %rs.4 = bf16[4,8]{1,0} fusion(%f.0), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %s.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%i.1, %rs.4)
 }
 
 %condition (s.0: (s32[], bf16[4,8])) -> pred[] {
@@ -125,7 +134,7 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 def test_the_tpu_compilers_text():
     found, runs, whole = collectives(TPU), 3, 2 * 16 * 8  # 1, 3, 5 are less than 7
     assert found['all-gather'] == Collective(runs, runs * whole, {4: (runs, runs * whole)})
-    assert found['reduce-scatter'] == Collective(runs, runs * whole, {4: (runs, runs * whole)})
+    assert found['reduce-scatter'] == Collective(2 * runs, 2 * runs * whole, {4: (2 * runs, 2 * runs * whole)})
     assert found['all-reduce'] == Collective(1, whole // 4, {8: (1, whole // 4)})
     assert estimated_cycles(TPU) == 10 + 3 * 100
 
