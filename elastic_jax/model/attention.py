@@ -14,6 +14,9 @@ from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
 
+# Of sequences longer than LONGEST, ROWS queries at a time meet all keys.
+LONGEST, ROWS = 2048, 512
+
 
 class KVCache(NamedTuple):
     """Keys and values of one block, [B, S, K, H]; slot s holds token s of its row."""
@@ -50,8 +53,7 @@ def attention(
         q_BxTxKxQxH = rotate(q_BxTxKxQxH, cos_BxTxH[:, :, None, None], sin_BxTxH[:, :, None, None])
         k_BxTxKxH = rotate(k_BxTxKxH, cos_BxTxH[:, :, None], sin_BxTxH[:, :, None])
     if cache is None:
-        allowed_BxTxS = _causal(x_BxTxD.shape[1], context.segment_ids_BxT)
-        keys, values = k_BxTxKxH, v_BxTxKxH
+        heads_BxTxKxQxH = attend_causally(q_BxTxKxQxH, k_BxTxKxH, v_BxTxKxH, context.segment_ids_BxT)
     else:
         cache = KVCache(
             _write(cache.k_BxSxKxH, k_BxTxKxH, context.length_B), _write(cache.v_BxSxKxH, v_BxTxKxH, context.length_B)
@@ -59,7 +61,7 @@ def attention(
         keys, values = cache.k_BxSxKxH.astype(x_BxTxD.dtype), cache.v_BxSxKxH.astype(x_BxTxD.dtype)
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
         allowed_BxTxS = jnp.arange(keys.shape[1])[None, None] <= last_BxT[..., None]
-    heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
+        heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
     o = params['o'].astype(x_BxTxD.dtype)
     y_BxTxD = leave(jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:])), axes)
     if mixer.output_bias:
@@ -74,12 +76,46 @@ def _project(x_BxTxD: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> j
     return y if bias is None else y + lead(bias.reshape(kernel.shape[1:]), y).astype(y.dtype)
 
 
-def _causal(length: int, segment_ids_BxT: jax.Array | None) -> jax.Array:
-    steps_T = jnp.arange(length)
-    allowed_1xTxS = (steps_T[:, None] >= steps_T[None, :])[None]
-    if segment_ids_BxT is None:
-        return allowed_1xTxS
-    return allowed_1xTxS & (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])
+def attend_causally(
+    q_BxTxKxQxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    segment_ids_BxT: jax.Array | None,
+    longest: int = LONGEST,
+    rows: int = ROWS,
+) -> jax.Array:
+    """What each query sees of its own document, up to itself: [B, T, K, Q, H].
+
+    A sequence of more than `longest` tokens is taken `rows` queries at a time, whose weights are computed again in the backward
+    pass: memory then grows with T and not with T².
+    """
+    length = q_BxTxKxQxH.shape[1]
+    if length <= longest:
+        allowed_BxTxS = _allowed(jnp.arange(length), length, segment_ids_BxT, segment_ids_BxT)
+        return _attend(q_BxTxKxQxH, k_BxTxKxH, v_BxTxKxH, allowed_BxTxS)
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        padded = jnp.pad(x, [(0, -length % rows if axis == dim else 0) for dim in range(x.ndim)], mode='edge')
+        parts = padded.reshape(*x.shape[:axis], -1, rows, *x.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis, 0)
+
+    @jax.checkpoint
+    def some(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        q_BxRxKxQxH, steps_R, ids_BxR = part
+        return _attend(q_BxRxKxQxH, k_BxTxKxH, v_BxTxKxH, _allowed(steps_R, length, ids_BxR, segment_ids_BxT))
+
+    ids_NxBxR = None if segment_ids_BxT is None else split(segment_ids_BxT, 1)
+    heads_NxBxRxKxQxH = jax.lax.map(some, (split(q_BxTxKxQxH, 1), split(jnp.arange(length), 0), ids_NxBxR))
+    joined = jnp.moveaxis(heads_NxBxRxKxQxH, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+
+
+def _allowed(steps_R: jax.Array, length: int, ids_BxR: jax.Array | None, ids_BxT: jax.Array | None) -> jax.Array:
+    """Which of all T tokens the queries at `steps_R` may see: [B or 1, R, T]."""
+    allowed_1xRxT = (steps_R[:, None] >= jnp.arange(length)[None, :])[None]
+    if ids_BxT is None:
+        return allowed_1xRxT
+    return allowed_1xRxT & (ids_BxR[:, :, None] == ids_BxT[:, None, :])
 
 
 def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:

@@ -3,12 +3,13 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from elastic_jax.arch import Arch, Attention, Rope
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.attention import attention
+from elastic_jax.model.attention import attend_causally, attention
 from elastic_jax.model.context import Context
 from tests.model import oracle
 from tests.tiny import numpy_params
@@ -43,3 +44,20 @@ def test_scaled_rotary_has_all_three_bands():
     wavelengths = 2 * np.pi * 1e4 ** (np.arange(0, 6, 2) / 6)
     assert [w > original / low for w in wavelengths] == [False, True, True]
     assert wavelengths[0] > original / high
+
+
+@pytest.mark.parametrize('segmented', [False, True])
+def test_long_sequences_in_pieces_are_the_whole(segmented):
+    """Outputs and all gradients, with a last piece that is padded and a document that crosses pieces."""
+    rng, length = np.random.default_rng(2), 11
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(2, length, *shape)), jnp.float32) for shape in ((2, 3, 4), (2, 4), (2, 4), (2, 3, 4))
+    )
+    segments = jnp.asarray([[1] * 11, [1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3]]) if segmented else None
+
+    def run(longest):
+        loss = lambda q, k, v: jnp.sum(weight * attend_causally(q, k, v, segments, longest, rows=4))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    for whole, pieces in zip(jax.tree.leaves(run(length)), jax.tree.leaves(run(8)), strict=True):
+        np.testing.assert_allclose(pieces, whole, atol=1e-5 * np.abs(whole).max())
