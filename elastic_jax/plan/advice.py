@@ -5,6 +5,7 @@ from __future__ import annotations
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import data_parallelism
 from elastic_jax.plan.compiled import Compiled
+from elastic_jax.train.curriculum import Stage
 from elastic_jax.train.setup import Plan
 
 
@@ -51,11 +52,16 @@ def _for_batch(name: str, plan: Plan, place: Placement) -> list[str]:
             f'or config.stages.{stage.name}.batch_size={parts}'
         )
     else:
-        found.append(
-            f'{name}: one sequence of {stage.context} tokens is on a chip; split its units: '
-            f'config.mesh.tensor={2 * place.mesh.shape["tensor"]}, or take a shorter context: '
-            f'config.stages.{stage.name}.context={stage.context // 2}'
-        )
+        found += _for_one_sequence(name, stage)
     if plan.config.loss_chunk > 512:
         found.append(f'{name}: smaller pieces of logits: config.loss_chunk=512')
     return found
+
+
+def _for_one_sequence(name: str, stage: Stage) -> list[str]:
+    """More chips or tensor parallelism would not help: the layers' inputs of a sequence are whole on its chip."""
+    own, sampled = f'config.stages.{stage.name}', stage.config.mode == 'sampled' and stage.config.per_step == 1
+    fewer = f"draw one budget a step: {own}.mode='sampled' and {own}.per_step=1, or take "
+    shorter = f'a shorter context: {own}.context={stage.context // 2}'
+    several = stage.kind == 'elastic' and not sampled and '/' not in name
+    return [f'{name}: one sequence of {stage.context} tokens is on a chip; {fewer if several else "take "}{shorter}']

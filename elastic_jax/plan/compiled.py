@@ -17,7 +17,9 @@ from elastic_jax.errors import WorkError
 from elastic_jax.hlo import matmul_flops
 from elastic_jax.hlo_cost import Collective, collectives, estimated_cycles
 
-_USED = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+# What a compiler says that ran out of memory: all that it would have used, or what it would have allocated beside the arguments.
+_USED = re.compile(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm')
+_ALLOCATED = re.compile(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM')
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -58,7 +60,7 @@ def compile_program(fn: Any, args: Sequence[Any], parts: Mapping[str, Any], capa
         try:
             compiled = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
         except jax.errors.JaxRuntimeError as error:
-            total = _used(str(error))
+            total = bytes_wanted(str(error), sum(memory.values()))
             if total is None:
                 raise WorkError(f'the TPU compiler failed: {" ".join(str(error).split())[:400]}') from error
             memory = _with_rest(memory, activations, total, total - sum(memory.values()))
@@ -84,10 +86,13 @@ def _with_rest(memory: dict[str, int], activations: int, total: int, allocated: 
     return parts | {'other': max(0, total - sum(parts.values()))}
 
 
-def _used(message: str) -> int | None:
-    """Bytes that a program would have used, from the message of a compiler that ran out of memory."""
-    found = _USED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+def bytes_wanted(message: str, arguments: int) -> int | None:
+    """Bytes that a program would have used, from its compiler's message and its arguments' bytes; None for another failure."""
+    used, allocated = _USED.search(message), _ALLOCATED.search(message)
+    found = used or allocated
+    if found is None:
+        return None
+    return int(float(found[1]) * _UNITS[found[2]]) + (0 if used else arguments)
 
 
 def _text(folder: Path) -> str:

@@ -18,7 +18,7 @@ from elastic_jax.model.params import abstract_params
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import data_parallelism
 from elastic_jax.plan.independent import independent_program
-from elastic_jax.train.curriculum import Stage, draw_budgets
+from elastic_jax.train.curriculum import Stage, probabilities_of
 from elastic_jax.train.programs import Program, stage_program
 from elastic_jax.train.setup import Plan
 
@@ -67,9 +67,9 @@ def candidates(plan: Plan, place: Placement) -> Iterator[Candidate]:
     """All programs of a run: stages in their order, each elastic one followed by its comparisons; then decoding."""
     archs = budget_archs(plan)
     for stage in plan.stages:
-        drawn = () if stage.kind == 'pretrain' else draw_budgets(stage, plan.budgets, 0, plan.config.seed)
+        drawn = dearest_draw(plan, stage)
         own = [plan.parent] * max(1, len(drawn)) if stage.kind != 'elastic' else [archs[plan.budgets[i]] for i in drawn]
-        yield _step(stage.name, plan, stage, archs, place, own)
+        yield _step(stage.name, plan, stage, archs, place, own, drawn)
         if stage.kind == 'elastic':
             for name in (plan.budgets[i] for i in drawn):
                 yield _alone(f'{stage.name}/{name}', plan, stage, archs[name], place)
@@ -80,6 +80,17 @@ def candidates(plan: Plan, place: Placement) -> Iterator[Candidate]:
         yield _decode(f'decode/{name}', plan, arch, place)
 
 
+def dearest_draw(plan: Plan, stage: Stage) -> tuple[int, ...]:
+    """Indices of the budgets of the stage's dearest step: what is planned for must fit whichever are drawn."""
+    if stage.kind == 'pretrain':
+        return ()
+    possible = tuple(n for n, p in enumerate(probabilities_of(stage, plan.budgets)) if p > 0)
+    if stage.config.mode == 'weighted' and stage.kind == 'elastic':
+        return possible
+    smallest = {len(plan.budgets) - 1} if stage.config.sandwich and stage.kind == 'elastic' else set()
+    return tuple(sorted({*possible[: stage.config.per_step], *smallest}))
+
+
 def _step(
     name: str,
     plan: Plan,
@@ -87,7 +98,7 @@ def _step(
     archs: Mapping[str, Arch],
     place: Placement,
     own: list[Arch],
-    drawn: tuple[int, ...] | None = None,
+    drawn: tuple[int, ...],
 ) -> Candidate:
     def build() -> tuple[Program, dict[str, Any]]:
         program = stage_program(plan, stage, archs, place, drawn)

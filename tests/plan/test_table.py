@@ -9,9 +9,9 @@ from elastic_jax.errors import UserError
 from elastic_jax.hlo_cost import KINDS, Collective
 from elastic_jax.plan.advice import changes
 from elastic_jax.plan.chips import GIB, Topology, topology_devices
-from elastic_jax.plan.compiled import Compiled
+from elastic_jax.plan.compiled import Compiled, bytes_wanted
 from elastic_jax.plan.planner import Planned, Row
-from elastic_jax.plan.programs import budget_archs, candidates
+from elastic_jax.plan.programs import budget_archs, candidates, dearest_draw
 from elastic_jax.plan.table import show
 from elastic_jax.train.setup import make_plan
 from tests.train.tiny_experiment import get_config
@@ -75,6 +75,37 @@ def test_what_to_change_begins_with_the_largest_part(largest):
     assert any('config.remat=True' in change for change in found)
     assert any('config.stages.short.' in change for change in found)
     assert changes('short', dataclasses.replace(full, fits=True), plan, place) == []
+
+
+def test_a_step_that_draws_budgets_is_planned_with_the_largest():
+    plan, _ = plan_here()
+    stage = next(stage for stage in plan.stages if stage.name == 'long')
+    assert dearest_draw(plan, stage) == (0, 1, 2)
+    stage.config.update({'mode': 'sampled', 'per_step': 1})
+    assert dearest_draw(plan, stage) == (0,)
+    stage.config.sandwich = True
+    assert dearest_draw(plan, stage) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ('message', 'wanted'),
+    [
+        ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded', int(120.5 * GIB)),
+        ('the total memory required for HLO temporaries (141.50G) exceeds available HBM (95.73G). HLO', int(144.5 * GIB)),
+        ('INTERNAL: something else', None),
+    ],
+)
+def test_a_compiler_without_memory_says_how_much_it_wanted(message, wanted):
+    assert bytes_wanted(message, arguments=3 * GIB) == wanted
+
+
+def test_one_long_sequence_on_a_chip_is_helped_by_fewer_budgets_a_step():
+    plan, place = plan_here()
+    full = Compiled({'activations': 90 * GIB, 'temporary': GIB}, 91 * GIB, False, None, None, None, 1.0)
+    stages = tuple(dataclasses.replace(stage, batch_size=1) if stage.name == 'long' else stage for stage in plan.stages)
+    plan = dataclasses.replace(plan, stages=stages)
+    assert any("config.stages.long.mode='sampled'" in change for change in changes('long', full, plan, place))
+    assert not any('sampled' in change for change in changes('long/full', full, plan, place))
 
 
 def test_all_programs_of_a_run_are_named():
