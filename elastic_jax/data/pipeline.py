@@ -54,7 +54,7 @@ class Batches:
         return self.stream.batch(index * self.batch_size + self.rows)
 
     def block(self, index: int) -> list[Batch]:
-        """Batches index · per_block and following, made at once: one by one, small ones would cost more in calls than in tokens."""
+        """Batches index · per_block and following, made at once: one by one, small ones cost more in calls than in tokens."""
         numbers = index * self.per_block + np.arange(self.per_block)
         block = self.stream.batch((numbers[:, None] * self.batch_size + self.rows).ravel())
         split = {key: np.split(value, self.per_block) for key, value in block.items()}

@@ -12,8 +12,8 @@ from elastic_jax.layout import FLAT
 from elastic_jax.model.decoder import logits
 from elastic_jax.model.losses import cross_entropy_losses, kl_losses
 from elastic_jax.nest.slice import slice_params
-from elastic_jax.train.state import guarded_update, new_state
 from elastic_jax.train.gradients import accumulated
+from elastic_jax.train.state import guarded_update, new_state
 from elastic_jax.train.step import StepConfig, balance_experts, elastic_loss, make_elastic_step, make_pretrain_step
 from tests.nest.test_masks import BLOCKED, noisy_params
 from tests.tiny import HYBRID, LLAMA
