@@ -20,16 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, unknown_name
 from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Budget, Manifest
-from elastic_jax.checkpoint.restore import read_manifest, restore_slice, step_directory
+from elastic_jax.checkpoint.restore import restore_slice
+from elastic_jax.checkpoint.stored import keep_files, read_manifest, step_directory, tokenizer_folder
 from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
-from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
+from elastic_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human
@@ -41,6 +43,7 @@ from elastic_jax.infer.sizes import Sizes
 from elastic_jax.layout import Layout
 from elastic_jax.model.decoder import logits
 from elastic_jax.model.params import leaves, map_table, param_dtype, param_table
+from elastic_jax.parallel.sharding import param_shardings
 
 
 class BudgetTable(Mapping[str, Budget]):
@@ -174,10 +177,8 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        # Kept beside an imported checkpoint; the manifest's own path may be of another machine.
-        beside = self.path.parent.parent / 'tokenizer'
-        is_bytes = self.manifest.tokenizer.get('kind') == 'bytes'
-        return load_tokenizer(os.fspath(beside) if not is_bytes and beside.exists() else dict(self.manifest.tokenizer))
+        folder = tokenizer_folder(self.path, self.manifest)
+        return load_tokenizer(os.fspath(folder) if folder else 'bytes')
 
     def arch_of(self, budget: str | None = None, widths: Mapping[str, int] | None = None) -> Arch:
         """The Arch of a budget, or of any widths that nest and respect the layout; unnamed axes stay full."""
@@ -192,32 +193,35 @@ class Checkpoint:
         return arch
 
     def load(
-        self, budget: str | None = None, *, widths: Mapping[str, int] | None = None, shardings: Any = None, dtype: Any = None
+        self, budget: str | None = None, *, widths: Mapping[str, int] | None = None, mesh: Mesh | None = None, dtype: Any = None
     ) -> Model:
         """One size, reading only its own bytes.
 
         Args:
           budget: a budget of the checkpoint; or `widths`, such as {'embed': 96, 'mlp@3': 128}, trained or not.
-          shardings: group -> name -> Sharding, to shard the parameters as they arrive. dtype: of parameters and compute.
+          mesh: of `parallel.mesh`; every device reads its own part. dtype: of parameters and compute.
         """
         arch = self.arch_of(budget, widths)
-        params = restore_slice(self.path, arch, shardings, dtype)
+        params = self._restore(arch, mesh, dtype)
         return Model(arch, self.layout, params, self.tokenizer, jnp.float32 if dtype is None else jnp.dtype(dtype))
 
     def load_sizes(
-        self, budgets: Sequence[str] | None = None, *, limit_bytes: int | None = None, shardings: Any = None, dtype: Any = None
+        self, budgets: Sequence[str] | None = None, *, limit_bytes: int | None = None, mesh: Mesh | None = None, dtype: Any = None
     ) -> Sizes:
         """Several budgets (default: all) from one set of parameters in memory, that of the largest of them.
 
         Args:
           limit_bytes: how much the slices of the others may take beside it; None: as much as they need.
-          shardings, dtype: as of `load`, for the largest.
+          mesh, dtype: as of `load`, for the largest.
         """
         archs = {name: self.budgets[name].arch for name in (self.budgets if budgets is None else budgets)}
         holds_all = [arch for arch in archs.values() if all(other.nests_in(arch) for other in archs.values())]
         largest = holds_all[0] if holds_all else self.arch
-        params, compute = restore_slice(self.path, largest, shardings, dtype), jnp.float32 if dtype is None else dtype
+        params, compute = self._restore(largest, mesh, dtype), jnp.float32 if dtype is None else dtype
         return Sizes(Resident(params, largest, self.layout, compute, limit_bytes), archs, self.tokenizer)
+
+    def _restore(self, arch: Arch, mesh: Mesh | None, dtype: Any) -> dict[str, Any]:
+        return restore_slice(self.path, arch, None if mesh is None else param_shardings(arch, self.layout, mesh), dtype)
 
     def slice(
         self, budget: str | None, out: epath.PathLike, *, widths: Mapping[str, int] | None = None, dtype: Any = None
@@ -226,6 +230,7 @@ class Checkpoint:
         arch, out = self.arch_of(budget, widths), epath.Path(out).resolve()
         if out.exists():
             raise UserError(f'{out} exists already; give a folder that does not')
+        tokenizer = tokenizer_folder(self.path, self.manifest)
         read = LeafReader(self.path, arch)
 
         def lazy(group: str, name: str, param: Any) -> LazyLeaf:
@@ -246,6 +251,8 @@ class Checkpoint:
             extra={**self.manifest.extra, 'sliced_from': os.fspath(self.path), 'sliced_budget': budget or ''},
         )
         save_lazily(out, params, manifest)
+        if tokenizer:
+            keep_files(tokenizer, out / 'tokenizer', TOKENIZER_FILES)
         return out
 
     def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -35,3 +36,27 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f'{where} is not JSON ({error}); restore it, or use another checkpoint') from error
     return Manifest.from_json(data, str(where))
+
+
+def tokenizer_folder(path: epath.PathLike, manifest: Manifest) -> epath.Path | None:
+    """The tokenizer's files: beside the checkpoints, wherever the workdir was moved to, else where the manifest says.
+
+    None when text is read as bytes. Raises: UserError when they are in neither place.
+    """
+    if manifest.tokenizer.get('kind') == 'bytes':
+        return None
+    beside = step_directory(path).parent.parent / 'tokenizer'
+    folder = beside if beside.exists() else epath.Path(manifest.tokenizer['folder'])
+    if not (folder / 'tokenizer.json').exists():
+        raise UserError(f'the tokenizer of {path} is no longer in {folder}; put its files into {beside}')
+    return folder
+
+
+def keep_files(source: epath.PathLike, target: epath.PathLike, names: Iterable[str]) -> None:
+    """Copies those of the files `names` that there are."""
+    source, target = epath.Path(source), epath.Path(target)
+    found = [source / name for name in names if (source / name).exists()]
+    if found:
+        target.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        (target / path.name).write_bytes(path.read_bytes())

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     'merges.txt',
     'tokenizer.model',
     'chat_template.jinja',
+    'generation_config.json',
 )
 
 

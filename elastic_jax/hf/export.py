@@ -16,10 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from elastic_jax.arch import Arch, MoE
+from elastic_jax.checkpoint.stored import keep_files
+from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.hf.card import model_card
 from elastic_jax.hf.families import family_for
-from elastic_jax.hf.folder import INDEX, side_files
+from elastic_jax.hf.folder import INDEX
 from elastic_jax.hf.name_map import (
     HFTensor,
     as_rows,
@@ -83,8 +85,8 @@ def export_folder(
         _write_json(partial / 'config.json', config)
         generation = {key: config.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
         _write_json(partial / 'generation_config.json', {key: value for key, value in generation.items() if value is not None})
-        for path in side_files(tokenizer_folder) if tokenizer_folder else []:
-            shutil.copyfile(path, partial / path.name)
+        if tokenizer_folder:
+            keep_files(tokenizer_folder, partial, TOKENIZER_FILES)
         (partial / 'README.md').write_text(model_card(arch, family.model_type, dtype, card or {}))
         if out.exists():
             out.rmdir()

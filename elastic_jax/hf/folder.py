@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from elastic_jax.arch import Arch
-from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of
@@ -18,8 +17,6 @@ from elastic_jax.hf.name_map import HFTensor
 from elastic_jax.hf.safetensors import SafetensorsFile
 
 INDEX = 'model.safetensors.index.json'
-# What belongs to the tokenizer and to generation; copied as it is.
-SIDE_FILES = (*TOKENIZER_FILES, 'generation_config.json')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 
@@ -118,8 +115,3 @@ class ModelFolder:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-
-
-def side_files(folder: str | os.PathLike[str], names: Iterable[str] = SIDE_FILES) -> list[Path]:
-    """The tokenizer and generation files that a folder has."""
-    return [Path(folder) / name for name in names if (Path(folder) / name).is_file()]

@@ -11,9 +11,8 @@ from etils import epath
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Manifest
-from elastic_jax.checkpoint.restore import read_manifest, step_directory
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_folder
 from elastic_jax.data.tokenizers import ByteTokenizer
-from elastic_jax.errors import UserError
 from elastic_jax.hf.export import export_folder
 
 
@@ -36,7 +35,7 @@ def export_checkpoint(
     manifest = read_manifest(checkpoint)
     read = LeafReader(checkpoint, child)
     config = manifest.hf_config
-    is_bytes = manifest.tokenizer == ByteTokenizer.spec
+    tokenizer = tokenizer_folder(checkpoint, manifest)
     return export_folder(
         out,
         child,
@@ -44,20 +43,11 @@ def export_checkpoint(
         layout=manifest.layout,
         dtype=dtype or str(read.dtype('embedding', 'table')),
         hf_config=config,
-        tokenizer_folder=None if is_bytes else _tokenizer_folder(checkpoint, manifest),
-        eos_token_id=ByteTokenizer.eos_id if is_bytes else None,
+        tokenizer_folder=tokenizer,
+        eos_token_id=None if tokenizer else ByteTokenizer.eos_id,
         card=_facts(manifest, budget),
         max_shard_bytes=max_shard_bytes,
     )
-
-
-def _tokenizer_folder(checkpoint: epath.PathLike, manifest: Manifest) -> epath.Path:
-    """The tokenizer kept beside the checkpoints, wherever the workdir was moved to; else where the manifest says."""
-    beside = step_directory(checkpoint).parent.parent / 'tokenizer'
-    folder = beside if beside.exists() else epath.Path(manifest.tokenizer['folder'])
-    if not (folder / 'tokenizer.json').exists():
-        raise UserError(f'the tokenizer of {checkpoint} is no longer in {folder}; put its files into {beside}')
-    return folder
 
 
 def _facts(manifest: Manifest, budget: str | None) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import os
 import re
 from pathlib import Path
 
+from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.hf.folder import SIDE_FILES
 
 MODEL_ID = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
-PATTERNS = ['model*.safetensors', 'model.safetensors.index.json', 'config.json', *SIDE_FILES]  # never a pickle, never code
+PATTERNS = ['model*.safetensors', 'model.safetensors.index.json', 'config.json', *TOKENIZER_FILES]  # never a pickle, never code
 
 
 def resolve(dir_or_id: str | os.PathLike[str]) -> Path:

@@ -14,12 +14,13 @@ from etils import epath
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
 from elastic_jax.checkpoint.manifest import Budget, Manifest
+from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.cost import cost_of
-from elastic_jax.data.tokenizers import ByteTokenizer
+from elastic_jax.data.tokenizers import TOKENIZER_FILES, ByteTokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of, family_of
-from elastic_jax.hf.folder import ModelFolder, side_files
+from elastic_jax.hf.folder import ModelFolder
 from elastic_jax.hf.hub import resolve
 from elastic_jax.hf.name_map import (
     HFTensor,
@@ -73,7 +74,7 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     files = ModelFolder(folder)
     try:
         tree = lazy_params(files, config, FLAT)
-        tokenizer = _keep_side_files(folder, workdir / 'tokenizer')
+        tokenizer = _keep_tokenizer(folder, workdir / 'tokenizer')
         largest = max((leaf for named in tree.values() for leaf in named.values()), key=lambda leaf: leaf.nbytes)
         manifest = Manifest(
             arch=arch,
@@ -96,13 +97,9 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     return arch
 
 
-def _keep_side_files(folder: Path, kept: epath.Path) -> dict[str, str]:
+def _keep_tokenizer(folder: Path, kept: epath.Path) -> dict[str, str]:
     """Copies the tokenizer and generation files; returns the tokenizer's spec, which without tokenizer.json is bytes."""
-    found = side_files(folder)
-    if found:
-        kept.mkdir(parents=True, exist_ok=True)
-    for path in found:
-        (kept / path.name).write_bytes(path.read_bytes())
+    keep_files(folder, kept, TOKENIZER_FILES)
     if (folder / 'tokenizer.json').is_file():
         return {'kind': 'hf', 'folder': str(kept)}
     print(f'elastic: {folder} has no tokenizer.json, so text will be read as bytes', file=sys.stderr)
