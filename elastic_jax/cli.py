@@ -208,6 +208,9 @@ def _parser() -> _Parser:
     generate.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be given again')
     generate.add_argument('--slice-bytes', type=int, metavar='N', help='limit of slices kept beside the largest size')
     _json(generate)
+    speculation = generate.add_argument_group('self-speculative decoding: the same text, in fewer passes of the larger size')
+    speculation.add_argument('--draft', metavar='BUDGET', help='the smaller size that drafts for --budget')
+    speculation.add_argument('--drafts', type=int, default=4, help='tokens drafted in a round (default: 4)')
     control = generate.add_argument_group('budget control')
     control.add_argument('--think', metavar='BUDGET', help='the size that thinks')
     control.add_argument('--answer', metavar='BUDGET', help='the size that answers')
@@ -343,16 +346,36 @@ def _generate(arguments: argparse.Namespace) -> int:
     if bool(arguments.think) != bool(arguments.answer):
         raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
     if arguments.think:
-        if arguments.budget:
-            raise UserError('--budget names one size for everything; with --think and --answer leave it out')
+        if arguments.budget or arguments.draft:
+            raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
         result, shown = _think(arguments, checkpoint, sampling)
     else:
-        budget = arguments.budget or checkpoint.largest
-        sizes = checkpoint.load_sizes([budget], limit_bytes=arguments.slice_bytes)
-        (done,) = sizes.generate([arguments.prompt], budget, arguments.max_tokens, sampling, arguments.stop, arguments.seed)
-        result, shown = {'text': done.text, 'finish': done.finish, 'tokens': len(done.tokens)}, done.text
+        result, shown = _continue(arguments, checkpoint, sampling)
     print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
+
+
+def _continue(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tuple[dict[str, Any], str]:
+    """(what --json prints, what is shown) of a prompt that one size continues, perhaps with another's drafts."""
+    from elastic_jax.infer.clock import Clock
+
+    budget = arguments.budget or checkpoint.largest
+    sizes = checkpoint.load_sizes(list(filter(None, (budget, arguments.draft))), limit_bytes=arguments.slice_bytes)
+    options = {
+        'max_tokens': arguments.max_tokens,
+        'sampling': sampling,
+        'stop': arguments.stop,
+        'seeds': arguments.seed,
+    }
+    clock, speculation = Clock(), {}
+    if arguments.draft:
+        (done,), tally = sizes.speculate([arguments.prompt], budget, arguments.draft, arguments.drafts, **options)
+        speculation = {'speculation': tally.to_json()}
+        print(f'{tally.acceptance:.0%} of {tally.drafted} drafts kept', file=sys.stderr)
+    else:
+        (done,) = sizes.generate([arguments.prompt], budget, **options)
+    result = {'text': done.text, 'finish': done.finish, 'tokens': len(done.tokens), 'seconds': clock.seconds()}
+    return {**result, **speculation, 'memory': sizes.memory()}, done.text
 
 
 def _think(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tuple[dict[str, Any], str]:

@@ -78,6 +78,15 @@ def test_generate_is_deterministic_and_differs_between_seeds(capsys, finished_ru
     assert run(capsys, *common[:-1])[0] == 0
 
 
+def test_drafts_of_a_smaller_size_leave_the_text_as_it_is(capsys, finished_run):
+    common = ('generate', '--checkpoint', finished_run, '--prompt', 'x = ', '--max-tokens', 12, '--json')
+    plain = json.loads(run(capsys, *common)[1])
+    status, out, err = run(capsys, *common, '--draft', 'small', '--drafts', 3)
+    drafted = json.loads(out)
+    assert status == 0 and drafted['text'] == plain['text'] and drafted['seconds'] > 0
+    assert drafted['speculation']['drafted'] == 3 * drafted['speculation']['rounds'] and 'drafts kept' in err
+
+
 def test_one_size_thinks_and_another_answers(capsys, finished_run):
     common = ('generate', '--checkpoint', finished_run, '--prompt', 'x = ', '--max-tokens', 8)
     pair = (*common, '--think', 'small', '--answer', 'full', '--thinking-tokens', 5)

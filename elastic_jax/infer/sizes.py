@@ -12,6 +12,7 @@ from elastic_jax.infer.budget_control import Control, Thought, Timing, think_the
 from elastic_jax.infer.generate import GREEDY, generate, stream
 from elastic_jax.infer.resident import Resident, Weights
 from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.speculative import Tally, generate_speculative
 from elastic_jax.infer.text import Completion
 
 
@@ -71,3 +72,19 @@ class Sizes:
         """One size thinks, another answers."""
         pair = self.weights(think), self.weights(answer)
         return think_then_answer(*pair, self.tokenizer, prompts, control, sampling, stop, seeds)
+
+    def speculate(
+        self,
+        prompts: Sequence[str],
+        budget: str,
+        draft: str,
+        drafts: int = 4,
+        max_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | int = 0,
+    ) -> tuple[list[Completion], Tally]:
+        """As `generate` with `budget`, whose tokens `draft` guesses ahead, `drafts` at a time."""
+        pair = self.weights(budget), self.weights(draft)
+        options = {'drafts': drafts, 'max_tokens': max_tokens, 'sampling': sampling, 'stop': stop, 'seeds': seeds}
+        return generate_speculative(*pair, self.tokenizer, prompts, **options)
