@@ -9,7 +9,7 @@ import math
 from etils import epath
 
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.evaluate import sections_result, sections_training
+from elastic_jax.evaluate import sections_result, sections_time, sections_training
 from elastic_jax.evaluate.page import page, section
 from elastic_jax.evaluate.pareto import pareto_png
 from elastic_jax.evaluate.run_log import RunLog, read_run
@@ -24,6 +24,7 @@ SECTIONS = (
     sections_training.frozen_widths,
     sections_training.router,
     sections_training.experts,
+    sections_time.time_spent,
     sections_result.samples,
     sections_training.to_come,
 )

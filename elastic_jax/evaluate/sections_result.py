@@ -37,6 +37,7 @@ def headline(log: RunLog) -> str:
     warning = ''
     if sum(skipped.values()):
         warning = f'<p class="warn">{sum(skipped.values()):,} updates were skipped for a non-finite loss or gradient.</p>'
+    warning += ''.join(f'<p class="warn">{html.escape(sentence)}.</p>' for sentence in log.damaged)
     return (
         f'<header><p class="eyebrow">elastic_jax run</p><h1>{html.escape(log.name)}</h1><p class="lede">{lede}</p>{warning}'
         f'<div class="timeline">{bars}</div></header>'

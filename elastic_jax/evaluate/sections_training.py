@@ -52,7 +52,7 @@ def losses(log: RunLog) -> str:
         keys = legend([(one.name, one.colour, 1.0) for one in drawn])
         figures += f'<figure><h3>Training loss of every budget</h3>{chart}{keys}</figure>'
     figures += _heldout(log)
-    note = 'Bold: median of neighbouring steps; faint: every logged step. ' + _speeds(log)
+    note = 'Bold: median of neighbouring steps; faint: every logged step.'
     return section('Loss', f'<div class="pair">{figures}</div>', note)
 
 
@@ -85,17 +85,6 @@ def _heldout(log: RunLog) -> str:
     chart = lines(drawn, 'held-out bits per byte', x=x, y_label='held-out bits per byte', bands=bands, level=level)
     keys = legend([(one.name, one.colour, 1.0) for one in drawn])
     return f'<figure><h3>Held-out bits per byte while training</h3>{chart}{keys}</figure>'
-
-
-def _speeds(log: RunLog) -> str:
-    speeds, waits = defaultdict(list), defaultdict(list)
-    for line in log.of('train'):
-        speeds[line['stage']].append(line['tokens_per_second'])
-        waits[line['stage']].append(line.get('data_seconds', 0.0) / line['seconds'] if line['seconds'] else 0.0)
-    each = (
-        f'{name} {statistics.median(own):,.0f} ({percent(statistics.median(waits[name]), 1)})' for name, own in speeds.items()
-    )
-    return 'Tokens per second, and the share of a step that waits for data: ' + ', '.join(each) + '.'
 
 
 def frozen_widths(log: RunLog) -> str:

@@ -118,3 +118,12 @@ def human(value: float, unit: str = '') -> str:
 def percent(share: float, digits: int = 0) -> str:
     """0.55 -> '55 %'."""
     return f'{100 * share:.{digits}f} %'
+
+
+def duration(seconds: float) -> str:
+    """'1h05m', '3m20s'; '?' for not a number."""
+    if seconds != seconds:
+        return '?'
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{rest:02d}s'

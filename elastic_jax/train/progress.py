@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from elastic_jax.evaluate.summary import duration
+
 LOG_SECONDS = 15.0
 
 
@@ -54,17 +56,9 @@ class RunProgress:
             self.speed = now if not self.speed else 0.95 * self.speed + 0.05 * now
         left = (sum(self.work.values()) - sum(self.done.values())) / self.speed if self.speed else float('nan')
         shown = ' '.join(f'{name} {loss:.3f}' for name, loss in losses.items())
-        text = f'{step}/{steps}  {shown}  {tokens_per_second:,.0f} tokens/s  {_duration(left)} left'
+        text = f'{step}/{steps}  {shown}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left'
         if self.live:
             self.bar.update(self.task, completed=sum(self.done.values()) / sum(self.work.values()), stage=stage, text=text)
         elif time.monotonic() - self.last_logged > LOG_SECONDS or step == steps:
             self.last_logged = time.monotonic()
             self.console.print(f'{stage} {text}', soft_wrap=True, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds != seconds:
-        return '?'
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{rest:02d}s'

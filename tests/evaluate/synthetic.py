@@ -96,7 +96,13 @@ def _write_step(writer: MetricsWriter, rng: np.random.Generator, stage_name: str
         tokens_per_second=5700.0 * noise(0.05) if stage_name == 'pretrain' else 2400.0 * noise(0.05),
         seconds=0.4,
         data_seconds=0.001,
+        flops_per_second=2.5e12,
+        mfu=0.4,
     )
+    seconds = {'startup': 4.0, 'compile': 10.0, 'data': 0.001 * n, 'step': 0.4 * n, 'eval': 1.0, 'save': 2.0, 'other': 0.5}
+    total = sum(seconds.values())
+    start = f'2026-11-24T1{list(STEPS).index(stage_name)}:00:00+00:00'  # a process for each stage
+    writer.write('goodput', step, process_start=start, total=total, seconds=seconds, goodput=seconds['step'] / total)
     if stage_name == 'search':
         _write_router(writer, step, done)
     load = {}

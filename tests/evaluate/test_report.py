@@ -112,6 +112,18 @@ def test_charts_carry_the_logged_numbers(done):
     assert pytest.approx(last['load']['small']['layer_001'], rel=1e-2) in loads
 
 
+def test_time_is_summed_over_processes_and_speeds_are_said_per_stage(done):
+    _, _, page = done
+    # Four processes, each with 17.5 s beside its steps of 0.4 s and their data.
+    step, total = 0.4 * sum(STEPS.values()), 0.401 * sum(STEPS.values()) + 4 * 17.5
+    text = page.sections['Time'].replace('\xa0', ' ')
+    assert f'Goodput {100 * step / total:.0f} %' in text and 'in 4 processes' in text
+    assert f'{int(total) // 60}m{total % 60:02.0f}s' in text
+    assert text.count('2.5T') == len(STEPS) and text.count('40.0 %') == len(STEPS)
+    for name in STEPS:
+        assert name in text
+
+
 def test_text_of_the_run_cannot_become_markup(done, tmp_path):
     _, text, page = done
     assert 'Reads <small> & closes' in page.sections['Samples']
@@ -189,7 +201,7 @@ def test_bad_workdirs_are_refused_in_one_sentence(tmp_path):
     (broken / 'config.json').write_text('[1, 2]')
     refused(broken, 'not the config of a training run')
     binary = write_run(tmp_path / 'binary', 'pretrain')
-    (binary / 'metrics.jsonl').write_bytes(b'\xff\xfe\x00\x81')
+    (binary / 'config.json').write_bytes(b'\xff\xfe\x00\x81')
     refused(binary, 'not text')
     foreign = write_run(tmp_path / 'foreign', 'pretrain')
     (foreign / 'metrics.jsonl').write_text('3\n')
