@@ -63,6 +63,10 @@ class Placement:
         """A tree of host arrays, the same on every process, or of arrays placed otherwise, onto the mesh."""
         return jax.device_put(tree, self.shardings(tree))
 
+    def on_host(self, tree: Any) -> Any:
+        """Small arrays that may be split over any devices, whole in numpy on every process."""
+        return jax.device_get(jax.jit(lambda t: t, out_shardings=jax.tree.map(lambda leaf: self.whole, tree))(tree))
+
     def rows(self, batch_size: int) -> tuple[tuple[int, int], ...]:
         """The (first, one past the last) ranges of a batch's rows that this process's devices hold, in order."""
         held = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()

@@ -26,7 +26,7 @@ def order_parent(params: Any, plan: Plan, place: Placement, say: Callable[[str],
     batches = [place.put_whole_batch(batch) for batch in itertools.islice(stream, config.batches)]
     dtype = jnp.dtype(plan.config.dtype)
     say(f'calibrating on {config.batches * config.batch_size * config.context:,} tokens')
-    sums = importance.accumulate(params, batches, parent, dtype)
+    sums = place.on_host(importance.accumulate(params, batches, parent, dtype))
     ranking: tuple[int, ...] = ()
     depths = [choices.widths[-1] for choices in plan.grid if choices.axis == 'layers']
     depths += [arch.layers for arch in plan.by_hand.values()]

@@ -291,8 +291,8 @@ def _step_function(run: Run, stage: Stage) -> Step:
 
         def search_step(state: TrainState, batch: dict[str, np.ndarray], n: int) -> Any:
             drawn = np.asarray(draw_budgets(stage, plan.budgets, n, seed), np.int32)
-            key = jax.random.fold_in(jax.random.key(seed + 3), n)
-            return search(state, teacher, put(batch), *jax.device_put((drawn, key), place.whole))
+            noise = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed + 3), n)))
+            return search(state, teacher, put(batch), drawn, noise)
 
         return search_step
     programs: dict[tuple[int, ...], Any] = {}

@@ -33,7 +33,7 @@ BATCH_KEYS = {
 @dataclasses.dataclass(frozen=True)
 class Program:
     """`fn(state, batch)` of a pretrain stage; `fn(state, teacher, batch)` of an elastic one; of a search also the indices of
-    the drawn budgets and a noise key. Returns (state, metrics). `abstract_args` describe the arguments, with their shardings.
+    the drawn budgets and the noise. Returns (state, metrics). `abstract_args` describe the arguments, with their shardings.
     """
 
     fn: Any
@@ -57,10 +57,8 @@ def stage_program(
     if stage.kind == 'search':
         fn = make_search_step(parent, plan.search_config(stage), optimizer, plan.router_optimizer(), config)
         whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place.whole)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return Program(
-            fn, (state, abstract_teacher(plan, place), batch, whole((len(drawn),), jnp.int32), whole(key.shape, key.dtype))
-        )
+        drawn_K, noise_2 = whole((len(drawn),), jnp.int32), whole((2,), jnp.uint32)
+        return Program(fn, (state, abstract_teacher(plan, place), batch, drawn_K, noise_2))
     budgets = [(plan.budgets[i], archs[plan.budgets[i]]) for i in drawn]
     weights = loss_weights(stage, plan.budgets, drawn)
     fn = make_elastic_step(parent, budgets, weights, optimizer, config, plan.config.teacher)

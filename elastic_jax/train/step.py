@@ -252,14 +252,18 @@ def make_search_step(
     router_optimizer: optax.GradientTransformation,
     config: StepConfig,
 ) -> Callable[[TrainState, Any, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """Jitted step of a search stage: (state, teacher's parameters, batch, indices of the drawn budgets [K], noise key)."""
+    """Jitted step of a search stage: (state, teacher's parameters, batch, indices of drawn budgets [K], noise).
+
+    `noise_2` is the data of a random key: plain integers, which every process of several may hand in.
+    """
     loss_fn = search_loss(parent, search, config)
 
     def step(
-        state: TrainState, teacher_params: Any, batch: Batch, drawn_K: jax.Array, key: jax.Array
+        state: TrainState, teacher_params: Any, batch: Batch, drawn_K: jax.Array, noise_2: jax.Array
     ) -> tuple[TrainState, Metrics]:
         learned = (state.params, state.router)
         gradients = jax.value_and_grad(loss_fn, has_aux=True)
+        key = jax.random.wrap_key_data(noise_2)
         (loss, metrics), grads = gradients(learned, teacher_params, batch, drawn_K, key, state.step)
         state, more = guarded_update(state, grads, loss, optimizer, router_optimizer)
         return config.constrain(state, parent), {'loss': loss, **metrics, **more}

@@ -83,7 +83,7 @@ def search_step(mesh_name):
     sgd = optax.sgd(64.0)  # large, so that the gradient is read off the change without rounding
     state = place.make(lambda p, r: new_state(p, sgd, r, sgd), place.put(params), router)
     step = make_search_step(HYBRID, search, sgd, sgd, config)
-    arguments = (np.asarray([0, 1], np.int32), jax.random.key(7))
+    arguments = (np.asarray([0, 1], np.int32), jax.random.key_data(jax.random.key(7)))
     after, metrics = step(state, place.put(teacher), place.put_whole_batch(batch), *jax.device_put(arguments, place.whole))
     change = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), (after.params, after.router), (params, router))
     return change, jax.device_get(metrics['loss/drawn'])
