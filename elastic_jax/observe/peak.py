@@ -20,7 +20,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device, such as 'TPU v5p' or 'NVIDIA H100 80GB HBM3'; None where it is not known (CPUs)."""
-    known = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith(f'{name} ')]
+    known = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f'{name} ', f'{name}-'))]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
