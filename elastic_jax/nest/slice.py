@@ -31,6 +31,18 @@ def slice_params(params: dict[str, Any], parent: Arch, child: Arch, layout: Layo
     return result
 
 
+def insert_params(
+    params: dict[str, Any], child_params: dict[str, Any], parent: Arch, child: Arch, layout: Layout = FLAT
+) -> dict[str, Any]:
+    """The inverse of `slice_params`: the parent's parameters with those of `child` in their place."""
+    slice_params(params, parent, child, layout)  # raises where they do not fit
+    result = {group: dict(leaves) for group, leaves in params.items()}
+    for group, own in child_params.items():
+        for name, leaf in own.items():
+            result[group][name] = params[group][name].at[tuple(slice(size) for size in leaf.shape)].set(leaf)
+    return result
+
+
 def slice_leaf(leaf: Any, full: Param, small: Param, name: str) -> Any:
     """The leading corner of one parameter. Raises UserError when the leaf is not of the full shape."""
     if isinstance(leaf, jax.sharding.Sharding):

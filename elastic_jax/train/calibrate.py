@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import make_iterator
@@ -33,6 +35,11 @@ def order_parent(params: Any, plan: Plan, place: Placement, say: Callable[[str],
     if config.layer_batches and depths and min(depths) < parent.layers:
         say('ranking the layers')
         ranking, _ = importance.rank_layers(params, batches[: config.layer_batches], parent, min(depths), dtype)
-    ordering = make_ordering(importance.scores(sums, parent, plan.layout), parent, ranking)
+    scores = importance.scores(sums, parent, plan.layout)
+    if config.order == 'random':
+        rng = np.random.default_rng(plan.config.seed)
+        scores = jax.tree.map(lambda score: rng.random(score.shape), scores)
+        ranking = tuple(rng.permutation(ranking).tolist())
+    ordering = make_ordering(scores, parent, ranking)
     reordered = place.make(lambda p: apply_ordering(p, ordering, parent, plan.layout, plan.layout), params)
     return reordered, ordering, dataclasses.replace(parent, ranking=ranking)

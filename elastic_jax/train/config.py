@@ -23,7 +23,8 @@ def default_config() -> ConfigDict:
     config.arch.mlp = ConfigDict()
     config.arch.moe = ConfigDict()
     # An imported or earlier checkpoint to start from, instead of a pretrain stage.
-    config.parent = ConfigDict({'checkpoint': '', 'budget': 'full'})
+    # `scratch` is a control: the slice of the budget it names begins from random weights, and the parent only teaches.
+    config.parent = ConfigDict({'checkpoint': '', 'budget': 'full', 'scratch': ''})
     # G of each blocked axis (layout.py): the largest tensor- or expert-parallel size the checkpoint is meant for.
     config.layout = ConfigDict({'mlp': 1, 'shared_width': 1, 'experts': 1, 'kv_heads': 1})
     # Budget -> share of the parent's cost (up to 1.0) or absolute cost, measured by `metric`:
@@ -51,7 +52,8 @@ def default_config() -> ConfigDict:
         }
     )
     # Batches of the training data that importance is measured on; `layer_batches` of them rank the layers (0: not ranked).
-    config.calibrate = ConfigDict({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 1})
+    # `order`: by 'importance', or the control 'random'.
+    config.calibrate = ConfigDict({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 1, 'order': 'importance'})
     config.teacher = 'frozen'  # or 'self' (the full budget), or 'none' (cross-entropy for every budget)
     config.data = default_data_config()
     config.optimizer = ConfigDict(

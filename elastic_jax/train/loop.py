@@ -22,9 +22,11 @@ from ml_collections import ConfigDict
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import BatchIterator, make_iterator, read_all
 from elastic_jax.metrics import MetricsWriter
+from elastic_jax.model.params import init_params
 from elastic_jax.nest.freeze import freeze
 from elastic_jax.nest.ordering import Ordering
 from elastic_jax.nest.router import init_router
+from elastic_jax.nest.slice import insert_params
 from elastic_jax.observe.clock import Clock
 from elastic_jax.observe.profile import ProfileWindow
 from elastic_jax.observe.sinks import check_observing, open_sinks
@@ -131,6 +133,11 @@ def _order(plan: Plan, store: persist.Store, params: Any, step: int, stage: Stag
     params, ordering, parent = order_parent(params, plan, store.place, say)
     archs = {'full': parent} | hand_archs(plan.config, parent, plan.layout)
     store.save_parent(params, parent, ordering)
+    if plan.config.parent.scratch:
+        child = archs[plan.config.parent.scratch]
+        fresh = lambda key: init_params(key, child, plan.layout)
+        anew = lambda p, key: insert_params(p, fresh(key), parent, child, plan.layout)
+        params = store.place.make(anew, params, jax.random.key(plan.config.seed + 4))
     return _enter(plan, store.place, stage, step, params, {}, ordering, parent, archs)
 
 
@@ -185,7 +192,8 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
     plan, at = run.plan, run.at
     if following is None:
         with run.clock.part('eval'):
-            metrics = run.evaluator.final(at, _teacher(run))
+            # A parent trained alone has no teacher: it is compared with itself.
+            metrics = run.evaluator.final(at, at.state.params if stage.kind == 'pretrain' else _teacher(run))
         return dataclasses.replace(at, stage=persist.DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
         return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)

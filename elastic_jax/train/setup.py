@@ -118,6 +118,8 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     tokenizer = None if elsewhere else attempt(load_tokenizer, config.data.tokenizer)
     if config.teacher not in ('frozen', 'self', 'none'):
         problems.append(unknown_name('teacher', config.teacher, ['frozen', 'self', 'none']))
+    if config.calibrate.order not in ('importance', 'random'):
+        problems.append(unknown_name('calibrate.order', config.calibrate.order, ['importance', 'random']))
     grid, targets, by_hand, measure = (), {}, {}, None
     if parent is not None:
         attempt(layout.check, parent)
@@ -144,6 +146,10 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
         missing = [name for name, share in targets.items() if share < 1 and name not in by_hand]
         if missing and not searching:
             problems.append(f'budgets {", ".join(missing)} have no widths: add a search stage, or give them in config.widths')
+        if config.parent.scratch and config.parent.scratch not in by_hand:
+            problems.append(
+                unknown_name('budget in parent.scratch (it needs widths by hand)', config.parent.scratch, list(by_hand))
+            )
         if searching and by_hand:
             problems.append('config.widths gives widths by hand and the curriculum has a search stage: take one of them out')
     if problems:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from elastic_jax.errors import UserError
 from elastic_jax.layout import FLAT, Layout, to_ranked
 from elastic_jax.model.params import abstract_params
-from elastic_jax.nest.slice import slice_params
+from elastic_jax.nest.slice import insert_params, slice_params
 from tests.strategies import narrowings
 from tests.tiny import FAMILIES, GROUPED_MOE, HYBRID, LLAMA, OPTIONS, QWEN_MOE, numpy_params
 
@@ -164,3 +164,18 @@ def test_what_does_not_fit_is_refused():
     params['layer_003']['up'] = params['layer_003']['up'][:, :, :40]
     with pytest.raises(UserError, match=r'layer_003/up has shape \(32, 1, 40\)'):
         slice_params(params, HYBRID, HYBRID.narrow(mlp=16))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_inserting_is_the_inverse_of_slicing_and_leaves_the_rest(name):
+    parent = FAMILIES[name]
+    child = parent.narrow(embed=parent.embed // 2)
+    params, own = numpy_params(parent, seed=1), numpy_params(child, seed=2)
+    inserted = insert_params(jax.tree.map(jnp.asarray, params), own, parent, child)
+    jax.tree.map(np.testing.assert_array_equal, slice_params(inserted, parent, child), own)
+    for (path, before), after in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(inserted), strict=True):
+        group, leaf = path[0].key, path[1].key
+        outside = np.ones(before.shape, bool)
+        if leaf in own.get(group, {}):
+            outside[tuple(slice(size) for size in own[group][leaf].shape)] = False
+        np.testing.assert_array_equal(np.asarray(after)[outside], before[outside])

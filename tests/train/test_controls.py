@@ -1,0 +1,79 @@
+"""What experiments compare with: a parent trained alone, units in random order, a slice that begins from random weights."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from elastic_jax.api import open_checkpoint
+from elastic_jax.errors import UserError
+from elastic_jax.metrics import read_metrics
+from elastic_jax.model.decoder import logits
+from elastic_jax.train.loop import train
+from elastic_jax.train.setup import make_plan
+from tests.train.tiny_experiment import get_config
+
+
+@pytest.fixture(scope='module')
+def parent(tmp_path_factory):
+    """The workdir of a parent pretrained alone, for three steps."""
+    config = get_config('by_hand')
+    config.arch.pattern, config.curriculum, config.stages.pretrain.steps = '*-', ('pretrain',), 3
+    config.budgets = {'full': 1.0}
+    config.widths = {}
+    config.eval.every = 0
+    workdir = tmp_path_factory.mktemp('parent')
+    train(config, workdir)
+    return workdir
+
+
+def control(folder, **changes):
+    """Elastic training that leaves the weights as they begin: its rate is nothing."""
+    config = get_config('by_hand')
+    config.parent.checkpoint = str(folder)
+    config.budgets = {'full': 1.0, 'small': 0.5}
+    config.widths = {'small': 'embed=8,mlp=16'}
+    config.optimizer.update({'lr': 1e-30, 'final_lr': 1e-30})
+    config.curriculum = ('short',)
+    config.stages.short.update({'steps': 1, 'accumulate': 1, 'probabilities': {'small': 1.0}})
+    config.eval.every = 0
+    for key, value in changes.items():
+        config[key].update(value)
+    return config
+
+
+def test_a_parent_trained_alone_is_scored_and_has_one_budget(parent):
+    checkpoint = open_checkpoint(parent)
+    assert list(checkpoint.budgets) == ['full'] and checkpoint.manifest.stage == 'done'
+    final = next(line for line in read_metrics(parent) if line['kind'] == 'final')
+    assert final['rows'][0]['bits_per_byte'] == final['parent']['bits_per_byte'] > 0
+    assert (parent / 'report.html').exists()
+
+
+def test_a_slice_from_scratch_in_a_parent_of_random_order(parent, tmp_path):
+    train(control(parent, parent={'scratch': 'small'}, calibrate={'order': 'random'}), tmp_path)
+    begun, teacher = open_checkpoint(tmp_path), open_checkpoint(tmp_path / 'parent')
+    started, ordered, small = begun.load('full').params, teacher.load('full').params, begun.budgets['small'].arch
+    # The teacher is the parent, its units in another order.
+    tokens = np.arange(24).reshape(2, 12) * 7 % 256
+    original = open_checkpoint(parent).load('full')
+    wanted = np.asarray(original.logits(tokens))
+    np.testing.assert_allclose(logits(ordered, tokens, teacher.arch), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    moved = np.any(np.asarray(ordered['embedding']['table']) != np.asarray(original.params['embedding']['table']))
+    assert moved
+    # The slice's weights are new, of the size that the slice's own fan-in asks for; all else is the parent's.
+    up, whole = np.asarray(started['layer_001']['up']), np.asarray(ordered['layer_001']['up'])
+    inside = np.zeros(up.shape, bool)
+    inside[:8, :, :16] = True
+    np.testing.assert_array_equal(up[~inside], whole[~inside])
+    assert np.all(up[inside] != whole[inside])
+    assert up[inside].std() == pytest.approx(1 / math.sqrt(small.embed), rel=0.25)
+    assert jax.tree.all(jax.tree.map(lambda leaf: np.isfinite(leaf).all(), started))
+
+
+def test_a_control_that_cannot_be_is_said_at_once(parent):
+    with pytest.raises(UserError, match=r"unknown budget in parent\.scratch .* 'medium'"):
+        make_plan(control(parent, parent={'scratch': 'medium'}))
+    with pytest.raises(UserError, match=r"unknown calibrate\.order 'rnadom'; did you mean 'random'"):
+        make_plan(control(parent, calibrate={'order': 'rnadom'}))
