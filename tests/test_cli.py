@@ -9,7 +9,7 @@ import pytest
 
 import elastic_jax
 from elastic_jax.checkpoint.restore import restore_slice
-from elastic_jax.cli import main
+from elastic_jax.cli import VERBS, main
 
 
 def run(capsys, *argv):
@@ -111,7 +111,9 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
     ('argv', 'message'),
     [
         (('inspect', '--checkpoint', '/no/such/place'), '/no/such/place does not exist'),
-        (('inspekt',), "invalid choice: 'inspekt'"),
+        (('inspekt',), "unknown verb 'inspekt'; did you mean 'inspect'"),
+        (('inspect', '--checkpoint', 'RUN', '--config.seed=1'), 'inspect takes no config'),
+        (('train', '--confg=x'), 'did you mean --config'),
         (('inspect', '--chekpoint', 'x', '--checkpoint', 'y'), 'did you mean --checkpoint'),
         (('slice', '--checkpoint', 'RUN', '--budget', 'smal', '--out', 'x'), "unknown budget 'smal'; did you mean 'small'"),
         (('slice', '--checkpoint', 'RUN', '--widths', 'embed', '--out', 'x'), "cannot read 'embed'"),
@@ -121,9 +123,9 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
         (('generate', '--checkpoint', 'RUN', '--prompt', ''), 'a prompt is empty'),
         (('generate', '--checkpoint', 'RUN', '--prompt', 'a', '--temperature', '-1'), 'temperature=-1.0 must be at least 0'),
         (('report', '--workdir', '/tmp'), '/tmp'),
-        (('train',), 'train needs --config FILE'),
+        (('train',), 'required: --config, --workdir'),
         (('train', '--config', 'nothing.py', '--workdir', 'w'), 'there is no file nothing.py'),
-        (('train', '--config', 'experiments/quickstart.py'), 'train needs --workdir'),
+        (('train', '--config', 'experiments/quickstart.py'), 'required: --workdir'),
         (('train', '--config=experiments/quickstart.py:fast', '--workdir', 'w'), 'takes no argument or smoke'),
         (
             ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.optimizer.lrr=1'),
@@ -152,7 +154,7 @@ def test_as_a_process_it_shows_the_path_through_the_verbs_and_fails_without_a_tr
     assert (failed.returncode, failed.stdout) == (2, '') and 'Traceback' not in failed.stderr
 
 
-@pytest.mark.parametrize('verb', ['train', 'import', 'inspect', 'slice', 'eval', 'generate', 'report'])
+@pytest.mark.parametrize('verb', VERBS)
 def test_every_verbs_help_has_an_example(capsys, verb):
     status, out, _ = run(capsys, verb, '--help')
     assert status == 0 and f'elastic {verb}' in out.partition('example')[2]

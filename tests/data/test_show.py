@@ -59,7 +59,7 @@ def test_counts_fill_and_shares_are_those_of_the_data(experiment, capsys):
     tokens = chats['train']['tokens']
     rows = round(40 / last['sources'][0]['epochs'])
     assert tokens / 512 <= rows <= 2 + tokens / 384 and last['tokens_per_second'] > 0
-    config = stages_data(load_config(['--config', str(experiment)], 'data')[0])[1].config
+    config = stages_data(load_config(str(experiment)))[1].config
     measured = make_iterator(config, split='train', batch_size=2, context=512, seed=10, start_batch=1)
     assert last['fill'] == (next(measured)['segment_ids'] > 0).mean()
 
@@ -97,7 +97,8 @@ def test_overrides_reach_the_config_and_mistakes_are_one_sentence(experiment, ca
         (['--stage', 'frist'], "did you mean 'first'"),
         (['--config.data.pth=x'], "unknown config key 'data.pth'"),
         (['--config.data.packing=tight'], 'unknown data.packing'),
-        (['--sample', '2x'], 'invalid int value'),
+        (['--samples', '2x'], 'invalid int value'),
+        (['--sample', '2'], 'did you mean --samples'),
     ):
         with pytest.raises(UserError, match=message):
             run(['data', '--config', str(experiment), *arguments])
