@@ -20,7 +20,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.collectives import fetch
 from elastic_jax.model.context import HARD, Context, Soft
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
-from elastic_jax.model.params import Param, layer_name, param_table
+from elastic_jax.model.params import Param, Table, layer_name, param_table
 from elastic_jax.nest.slice import slice_leaf
 from elastic_jax.parallel.sharding import fetch_axes
 from elastic_jax.train.units import Segment, segments
@@ -62,12 +62,13 @@ def lockstep(
     soft masks need beside masked parameters: a Soft for each block and for `final_norm`.
     """
     full, tables = param_table(parent, stack.layout), [param_table(arch, stack.layout) for arch in archs]
+    held = full if stack.specs is None else _largest(full, tables)
 
-    def fetched(group: str, leaves: dict[str, jax.Array], like: str | None = None) -> dict[str, jax.Array]:
-        return _fetch_group(leaves, full[like or group], stack.specs and stack.specs[like or group], context.dtype)
+    def fetched(group: str, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return leaves if stack.specs is None else _fetch_group(leaves, held[group], stack.specs[group], context.dtype)
 
     def cut(leaves: dict[str, jax.Array], group: str, n: int) -> dict[str, jax.Array]:
-        declared = full[group]
+        declared = held[group]
         return {
             name: slice_leaf(leaves[name], _local(declared[name], leaves[name]), _local(param, leaves[name]), f'{group}/{name}')
             for name, param in tables[n][group].items()
@@ -144,15 +145,28 @@ def _remember(run: Callable[..., Any], stack: Stack) -> Callable[..., Any]:
     return run
 
 
+def _largest(full: Table, tables: Sequence[Table]) -> Table:
+    """What the budgets of a step need of each parameter among them: a step without the full budget fetches no more than its
+    largest one. `embed` stays whole: what is gathered over it is a prefix only afterwards.
+    """
+
+    def largest(group: str, name: str, param: Param) -> Param:
+        wanted = [table[group][name].shape for table in tables if group in table] or [param.shape]
+        sizes = zip(param.axes, param.shape, *wanted, strict=True)
+        return dataclasses.replace(param, shape=tuple(own if axis == 'embed' else max(more) for axis, own, *more in sizes))
+
+    return {group: {name: largest(group, name, param) for name, param in params.items()} for group, params in full.items()}
+
+
 def _fetch_group(
-    leaves: dict[str, jax.Array], table: dict[str, Param], specs: dict[str, PartitionSpec] | None, dtype: Any
+    leaves: dict[str, jax.Array], table: dict[str, Param], specs: dict[str, PartitionSpec], dtype: Any
 ) -> dict[str, jax.Array]:
-    if specs is None:
-        return leaves
+    """The parameters of a group, as large as `table` says, from what is stored here of the parent's."""
     result = {}
     for name, leaf in leaves.items():
-        axes, dim = fetch_axes(table[name], specs[name])
-        whole = fetch(leaf, axes, dim, leaf.dtype if table[name].float32 else dtype)
+        param, (axes, dim) = table[name], fetch_axes(table[name], specs[name])
+        needed = leaf[tuple(slice(size) for size in param.shape)]  # dimensions that are split over devices are shorter here
+        whole = fetch(needed, axes, dim, leaf.dtype if param.float32 else dtype)
         result[name] = checkpoint_name(whole, FETCHED) if axes else whole
     return result
 

@@ -1,5 +1,6 @@
 """Checkpoints that several processes saved, each its own shards: any slice of them is the slice of the whole, at its own cost."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
+from jax.experimental import multihost_utils
 
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE
 from elastic_jax.checkpoint.manager import CheckpointManager
@@ -67,6 +69,12 @@ def save_shards(workdir: str, address: str, process: int) -> None:
     manager.save(1, params=params, opt_state={}, router={}, ordering={}, data={}, manifest=manifest)
     manager.wait()
     manager.close()
+    multihost_utils.sync_global_devices('saved')
+    before = bytes_read()
+    restored = restore_slice(workdir, ARCH, param_shardings(ARCH, LAYOUT, mesh))
+    own = [shard for leaf in jax.tree.leaves(restored) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    told = {'read': bytes_read() - before, 'held': sum(shard.data.nbytes for shard in own)}
+    (Path(workdir) / f'{process}.json').write_text(json.dumps(told))
 
 
 @pytest.fixture(scope='module')
@@ -90,6 +98,17 @@ def sharded(tmp_path_factory):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-3000:]
     return workdir
+
+
+def test_no_process_writes_or_reads_more_than_its_share(sharded):
+    params = sharded / 'checkpoints' / '1' / 'params'
+    size = lambda folder: sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+    stored, whole = size(params), sum(leaf.nbytes for leaf in jax.tree.leaves(numpy_params(ARCH, LAYOUT)))
+    for process in range(2):
+        told = json.loads((sharded / f'{process}.json').read_text())
+        assert 0.45 < size(params / f'ocdbt.process_{process}') / stored < 0.55
+        assert 0.45 < told['held'] / whole < 0.55
+        assert 0.45 < told['read'] / stored < 0.55
 
 
 def bytes_read() -> int:

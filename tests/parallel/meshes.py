@@ -22,7 +22,10 @@ MESHES = {
     'fsdp-tensor': {'fsdp': 4, 'tensor': 2},
     # The KV blocks do not split four ways: attention is whole on each device there.
     'wide-tensor': {'fsdp': 2, 'tensor': 4},
+    'replica-tensor': {'replica': 4, 'tensor': 2},
     'replica-expert': {'replica': 2, 'expert': 4},
+    'fsdp-expert': {'fsdp': 2, 'expert': 4},
+    'expert-tensor': {'expert': 4, 'tensor': 2},
     'all': {'fsdp': 2, 'expert': 2, 'tensor': 2},
 }
 

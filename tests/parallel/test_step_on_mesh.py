@@ -55,6 +55,16 @@ def test_elastic_step_is_the_same_on_every_mesh(on_one_device, name):
     close(on_one_device['elastic'], found, 'elastic')
 
 
+def test_a_step_without_the_full_budget_is_the_same():
+    losses = {}
+    for name in ('one', 'all'):
+        mesh = None if name == 'one' else mesh_of(name)
+        config, place = StepConfig(LAYOUT, chunk=5, mesh=mesh), place_on(make_mesh(ONE) if mesh is None else mesh)
+        make_loss = lambda config: elastic_loss(HYBRID, BUDGETS[1:], WEIGHTS[1:], config, 'none')
+        losses[name] = run(make_loss, config, place, *inputs())
+    close(losses['one'], losses['all'], 'without full')
+
+
 def test_rematerialised_scanned_micro_batches_are_the_same(on_one_device):
     mesh = mesh_of('fsdp-tensor')
     config = StepConfig(LAYOUT, chunk=5, mesh=mesh, remat=True, scan=True, accumulate=2)

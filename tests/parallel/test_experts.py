@@ -1,0 +1,80 @@
+"""Experts split over devices: nothing is dropped whatever the routing, in both forms of the grouped matmul, on one reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from elastic_jax.arch import Arch, MoE
+from elastic_jax.layout import Layout
+from elastic_jax.model import grouped
+from elastic_jax.model.context import Context
+from elastic_jax.model.moe import moe
+from elastic_jax.model.params import param_table
+from elastic_jax.parallel.mesh import make_mesh
+from elastic_jax.parallel.sharding import batch_spec, fetch_axes, param_spec, shards
+from tests.model import oracle
+from tests.tiny import numpy_params
+
+MIXER = MoE(experts=8, expert_width=6, top_k=2, shared_width=8, scale=1.5)
+ARCH, LAYOUT = Arch.from_pattern('E', vocab=4, embed=8, moe=MIXER), Layout(experts=4, shared_width=2)
+ROUTINGS = {
+    'random': np.zeros(8),
+    'all to two on one device': np.asarray([9.0, 9, 0, 0, 0, 0, 0, 0]),
+    'all to two on two devices': np.asarray([9.0, 0, 0, 0, 0, 9, 0, 0]),
+}
+
+
+def layer_with(preference):
+    """Parameters whose correction bias sends the tokens to the experts that are preferred, in blocked order."""
+    layer = numpy_params(ARCH, LAYOUT)['layer_000']
+    return layer | {'correction_bias': preference.reshape(4, 2).astype(np.float32)}
+
+
+def on_mesh(mesh):
+    """The mixer as the training step runs it: manual over the mesh, weights stored as the rules say and whole along embed."""
+    table = param_table(ARCH, LAYOUT)['layer_000']
+    specs = {name: param_spec(param, mesh) for name, param in table.items()}
+    computed = {}
+    for name, spec in specs.items():
+        fetched, dim = fetch_axes(table[name], spec)
+        computed[name] = PartitionSpec(*(None if fetched and n == dim else entry for n, entry in enumerate(spec)))
+    context = Context(None, shards=shards(ARCH, LAYOUT, mesh))
+    rows = batch_spec(mesh)
+
+    def run(layer, x):
+        out, _, aux = moe(layer, x, MIXER, context, None)
+        return out, aux['expert_load']
+
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(computed, rows), out_specs=(rows, PartitionSpec()), check_vma=False))
+
+
+@pytest.fixture(params=['blocks', 'ragged'])
+def form(request, monkeypatch):
+    """On this CPU the blocks are chosen; the ragged form is that of TPUs and GPUs."""
+    if request.param == 'ragged':
+        monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+    return request.param
+
+
+@pytest.mark.parametrize('sizes', [{'replica': 2, 'expert': 4}, {'expert': 2, 'tensor': 2, 'fsdp': 2}], ids=str)
+def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
+    x = np.random.default_rng(1).normal(size=(8, 3, 8)).astype(np.float32)
+    run = on_mesh(make_mesh(sizes))
+    for name, preference in ROUTINGS.items():
+        layer = layer_with(preference)
+        found, load = run(layer, x)
+        expected, chosen = oracle.moe(layer, x.reshape(-1, 8).astype(np.float64), MIXER)
+        np.testing.assert_allclose(found.reshape(-1, 8), expected, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(load, np.bincount(chosen.reshape(-1), minlength=8) / chosen.size, atol=1e-6, err_msg=name)
+        if name != 'random':
+            assert sorted(load) == pytest.approx([0] * 6 + [0.5] * 2)
+
+
+@pytest.mark.parametrize(('platform', 'ragged'), [('cpu', False), ('tpu', True), ('cuda', True)])
+def test_accelerators_get_the_ragged_matmul_and_cpus_the_blocks(platform, ragged):
+    x, ids, w = jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32), jnp.ones((4, 8, 8))
+    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, lambda rows, matmul: (matmul(rows, w),))
+    text = jax.jit(run).trace(x, ids, w).lower(lowering_platforms=(platform,)).as_text()
+    assert ('ragged_dot' in text) == ragged
