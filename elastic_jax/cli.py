@@ -15,7 +15,7 @@ from typing import Any
 from elastic_jax.arch import unknown_name
 from elastic_jax.checkpoint.quiet import quiet_failures
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.verbs import cache_teacher, data, eval, generate, import_, inspect, plan, report, slice, train
+from elastic_jax.verbs import data, eval, generate, import_, inspect, plan, report, serve, slice, train
 
 # In the order in which they are used.
 VERBS = {
@@ -24,11 +24,11 @@ VERBS = {
     'inspect': inspect,
     'eval': eval,
     'generate': generate,
+    'serve': serve,
     'slice': slice,
     'report': report,
     'import': import_,
     'plan': plan,
-    'cache-teacher': cache_teacher,
 }
 
 PATH_THROUGH = """\
@@ -40,6 +40,7 @@ The usual path:
   elastic inspect  --checkpoint runs/quickstart                                     what is inside: budgets, widths, costs
   elastic eval     --checkpoint runs/quickstart                                     how good every budget is
   elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '      text from any size
+  elastic serve    --checkpoint runs/quickstart                                     every size over HTTP, as OpenAI serves models
   elastic slice    --checkpoint runs/quickstart --budget small --out out/small      one size as a checkpoint of its own
   elastic report   --workdir runs/quickstart                                        report.html and pareto.png
   elastic plan     --config experiments/quickstart.py --topology v5e:2x2            what it takes on TPUs, without one

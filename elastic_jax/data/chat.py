@@ -80,6 +80,11 @@ class ChatTemplate:
                 spans.append((begin, len(upto.rstrip())))
         return text, tuple(spans)
 
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+        """The text that the assistant's next answer continues. Raises: ValueError when the template refuses the messages."""
+        text = self._render(messages, tools, True)
+        return _split_marks(text)[0] if self._marked else text
+
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> str:
         try:
             return self._template.render(messages=messages, tools=tools, add_generation_prompt=prompt, **self._special)

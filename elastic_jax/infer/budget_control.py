@@ -145,12 +145,12 @@ def think_then_answer(
         clock.seconds(),
         thinking_seconds + switch_seconds + continued_seconds + to_first,
     )
-    texts = [_shown(thought.tokens, tokenizer, control.closing) for thought in thoughts]
+    texts = [shown_thoughts(thought.tokens, tokenizer, control.closing) for thought in thoughts]
     return [Thought(*each) for each in zip(texts, answers, first, continued, strict=True)], timing
 
 
 @dataclasses.dataclass(frozen=True)
-class _Thoughts:
+class Thoughts:
     """A row's thoughts: its tokens (with the closing delimiter once closed), and how many of them were drawn."""
 
     tokens: list[int]
@@ -159,15 +159,15 @@ class _Thoughts:
 
 
 def _think(
-    decoding: Decoding, begun: list[list[int]], tokenizer: Tokenizer, control: Control, known: list[_Thoughts] | None = None
-) -> list[_Thoughts]:
+    decoding: Decoding, begun: list[list[int]], tokenizer: Tokenizer, control: Control, known: list[Thoughts] | None = None
+) -> list[Thoughts]:
     """Decodes until every row has closed its thoughts or waits, unsure; closed ones that are `known` stay as they are."""
     rows = range(len(begun))
-    thoughts = known or [_Thoughts([], 0, False)] * len(begun)
+    thoughts = known or [Thoughts([], 0, False)] * len(begun)
     while True:
         thinking = [row for row in rows if not thoughts[row].closed]
         decoding.piece()
-        now = [_thoughts(decoding.tokens[row][len(begun[row]) :], tokenizer, control) for row in thinking]
+        now = [thoughts_of(decoding.tokens[row][len(begun[row]) :], tokenizer, control) for row in thinking]
         thoughts = [now[thinking.index(row)] if row in thinking else thoughts[row] for row in rows]
         going = [row for row in thinking if not thoughts[row].closed and decoding.going[row]]
         if not going:
@@ -176,28 +176,29 @@ def _think(
         decoding.mark(going)
 
 
-def _thoughts(drawn: list[int], tokenizer: Tokenizer, control: Control) -> _Thoughts:
+def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Thoughts:
     """What some drawn tokens are as thoughts; closed by themselves, by the end of text, or by the limit."""
     closing = tokenizer.encode(control.closing).tolist()
     if tokenizer.eos_id in drawn:
         count = drawn.index(tokenizer.eos_id)
-        return _Thoughts(drawn[:count] + closing, count, True)
+        return Thoughts(drawn[:count] + closing, count, True)
     text = tokenizer.decode(drawn)
     cut = first_stop(text, [control.closing])
     if cut is not None:
         count = tokens_until(drawn, tokenizer, [control.closing])
         closed = text[: cut + len(control.closing)]
         if tokenizer.decode(drawn[:count]) == closed:
-            return _Thoughts(drawn[:count], count, True)
+            return Thoughts(drawn[:count], count, True)
         # The last token reaches past the delimiter: its part of it is written anew.
         rest = closed[len(tokenizer.decode(drawn[: count - 1])) :]
-        return _Thoughts(drawn[: count - 1] + tokenizer.encode(rest).tolist(), count, True)
+        return Thoughts(drawn[: count - 1] + tokenizer.encode(rest).tolist(), count, True)
     if len(drawn) >= control.thinking_tokens:
-        return _Thoughts(drawn + closing, len(drawn), True)
-    return _Thoughts(drawn, len(drawn), False)
+        return Thoughts(drawn + closing, len(drawn), True)
+    return Thoughts(drawn, len(drawn), False)
 
 
-def _shown(tokens: list[int], tokenizer: Tokenizer, closing: str) -> str:
+def shown_thoughts(tokens: list[int], tokenizer: Tokenizer, closing: str) -> str:
+    """The text of thoughts, without the closing delimiter."""
     return tokenizer.decode(tokens).partition(closing)[0]
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_jax.infer.placed import place_rows
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, entropy, knobs_of
 from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache, recurrent_blocks, rewind
@@ -104,7 +105,8 @@ def run_tokens(weights: Weights, params: Any, state: State, tokens_BxT: jax.Arra
     last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(valid_B - 1, 0)[:, None, None], axis=1)[:, 0]
     own_BxV = jnp.matmul(last_BxD, unembedding(params).astype(weights.dtype), preferred_element_type=jnp.float32)
     logits_BxV = jnp.where(valid_B[:, None] > 0, own_BxV, state.logits_BxV)
-    return state._replace(cache=cache, logits_BxV=logits_BxV, seen_BxV=mark_seen(state.seen_BxV, tokens_BxT, valid_B))
+    seen_BxV = mark_seen(state.seen_BxV, tokens_BxT, valid_B)
+    return place_rows(state._replace(cache=cache, logits_BxV=logits_BxV, seen_BxV=seen_BxV), weights)
 
 
 @partial(jax.jit, donate_argnames='state')

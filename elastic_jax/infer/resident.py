@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
@@ -21,12 +22,12 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.nest.slice import slice_params
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=('params',), meta_fields=('stored', 'arch', 'layout', 'dtype'))
+@partial(jax.tree_util.register_dataclass, data_fields=('params',), meta_fields=('stored', 'arch', 'layout', 'dtype', 'mesh'))
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """A model to run, as an argument of a jitted program: parameters of the Arch `stored`, of which `arch` is computed with.
 
-    `dtype` is that of the matmuls.
+    `dtype` is that of the matmuls. `mesh` is what the parameters are split over, if they are; caches follow (`placed.py`).
     """
 
     params: Any
@@ -34,6 +35,7 @@ class Weights:
     arch: Arch
     layout: Layout
     dtype: Any
+    mesh: Mesh | None = None
 
     def own(self) -> Any:
         """The parameters of `arch`; inside a program, cut there unless they are stored as such."""
@@ -42,7 +44,13 @@ class Weights:
 
 def weights_of(params: Any, arch: Arch, layout: Layout = FLAT, dtype: Any = jnp.float32) -> Weights:
     """A model whose parameters are its own."""
-    return Weights(params, arch, arch, layout, jnp.dtype(dtype))
+    return Weights(params, arch, arch, layout, jnp.dtype(dtype), mesh_of(params))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters are split over; None when they are on one device."""
+    sharding = getattr(next(iter(jax.tree.leaves(params)), None), 'sharding', None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 class Resident:
@@ -57,7 +65,7 @@ class Resident:
         if limit_bytes is not None and limit_bytes < 0:
             raise UserError(f'the byte limit of slices is {limit_bytes}; give 0 or more')
         self.params, self.arch, self.layout, self.dtype = params, arch, layout, jnp.dtype(dtype)
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.mesh = limit_bytes, mesh_of(params)
         self.evictions = 0
         self._slices: OrderedDict[Arch, Any] = OrderedDict()
 
@@ -67,14 +75,14 @@ class Resident:
         if problem:
             raise UserError(problem)
         if arch == self.arch:
-            return Weights(self.params, self.arch, self.arch, self.layout, self.dtype)
+            return self._weights(self.params, self.arch, self.arch)
         if arch not in self._slices:
             if self.limit_bytes is not None and self.slice_bytes(arch) > self.limit_bytes:
-                return Weights(self.params, self.arch, arch, self.layout, self.dtype)
+                return self._weights(self.params, self.arch, arch)
             self._make_room(arch)
             self._slices[arch] = self._cut(arch)
         self._slices.move_to_end(arch)
-        return Weights(self._slices[arch], arch, arch, self.layout, self.dtype)
+        return self._weights(self._slices[arch], arch, arch)
 
     def slice_bytes(self, arch: Arch) -> int:
         """What a slice takes by itself beside the resident parameters: leaves of full width are the resident ones."""
@@ -89,6 +97,9 @@ class Resident:
             'slices': len(self._slices),
             'evictions': self.evictions,
         }
+
+    def _weights(self, params: Any, stored: Arch, arch: Arch) -> Weights:
+        return Weights(params, stored, arch, self.layout, self.dtype, self.mesh)
 
     def _abstract(self, arch: Arch) -> Any:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.params)

@@ -1,0 +1,141 @@
+"""What clients may send: the fields of OpenAI's completions and chat completions that have a meaning here, and our own.
+
+Fields that would change the answer and are not supported are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from elastic_jax.errors import UserError
+from elastic_jax.infer.budget_control import Control
+from elastic_jax.infer.sampling import Sampling
+
+MAX_CHOICES = 16
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends: perhaps with a chunk that has the usage and no choices."""
+
+    model_config = ConfigDict(extra='ignore')
+    include_usage: bool = False
+
+
+class Common(BaseModel):
+    """Fields of both kinds of request. `think`, `answer`, `thinking_tokens` and the delimiters are ours."""
+
+    model_config = ConfigDict(extra='forbid')
+    model: str
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: Zero | None = 0
+    frequency_penalty: Zero | None = 0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    # Of no consequence here, and sent by many clients.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    # Ours.
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, gt=0)
+    think: str | None = None
+    answer: str | None = None
+    thinking_tokens: int = Field(256, ge=1)
+    opening: str = '<think>'
+    closing: str = Field('</think>', min_length=1)
+
+    @field_validator('stop')
+    @classmethod
+    def _stops(cls, stop: str | list[str] | None) -> list[str]:
+        found = [stop] if isinstance(stop, str) else stop or []
+        if len(found) > 4 or '' in found:
+            raise ValueError('give at most 4 strings, none of them empty')
+        return found
+
+    @property
+    def sampling(self) -> Sampling:
+        value = lambda given: 1.0 if given is None else given
+        return Sampling(value(self.temperature), self.top_k, value(self.top_p), self.repetition_penalty)
+
+    @property
+    def answers(self) -> str:
+        """The size that answers."""
+        return self.answer or self.model
+
+    def control(self, max_tokens: int) -> Control | None:
+        """How thinking is limited; None when nobody thinks."""
+        if self.think is None:
+            return None
+        return Control(self.thinking_tokens, max_tokens, self.opening, self.closing)
+
+
+class CompletionRequest(Common):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(16, ge=1)
+    best_of: Literal[1] | None = 1
+    echo: Literal[False] | None = False
+    logprobs: None = None
+    suffix: None = None
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or 16
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry for each prompt, text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        if not self.prompt:
+            raise UserError('prompt is an empty list; give at least one prompt')
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise UserError(f'{len(self.prompt)} prompts of n={self.n} are more than {MAX_CHOICES} choices; send fewer')
+        return self.prompt
+
+
+class Part(BaseModel):
+    """A piece of a message's content; only text."""
+
+    type: Literal['text']
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra='forbid')
+    role: Literal['system', 'developer', 'user', 'assistant']
+    content: str | list[Part]
+    name: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else ''.join(part.text for part in self.content)
+        return {'role': 'system' if self.role == 'developer' else self.role, 'content': content}
+
+
+class ChatRequest(Common):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = False
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def limit(self, default: int) -> int:
+        return self.max_completion_tokens or self.max_tokens or default

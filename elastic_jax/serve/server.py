@@ -1,0 +1,69 @@
+"""A server process: the endpoint on a socket, until it is asked to stop."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from elastic_jax.checkpoint.manifest import Budget
+from elastic_jax.data.chat import load_template
+from elastic_jax.infer.sizes import Sizes
+from elastic_jax.serve.app import Service, make_app
+from elastic_jax.serve.engine import Engine, Job, Limits
+from elastic_jax.serve.runner import Runner
+
+# What ends a turn in ChatML, which a byte model writes as text; other tokenizers' end of text ends it.
+BYTE_TURN_END = ('<|im_end|>',)
+SHUTDOWN_SECONDS = 10
+
+
+def make_service(
+    sizes: Sizes, budgets: Mapping[str, Budget], limits: Limits, chat_template: str = '', body_bytes: int = 2**20
+) -> Service:
+    """What a server of these sizes serves. Raises UserError for a damaged chat template."""
+    template = load_template(chat_template, sizes.tokenizer)
+    turn_end = BYTE_TURN_END if sizes.tokenizer.spec.get('kind') == 'bytes' and not chat_template else ()
+    runner = Runner(Engine(sizes, limits))
+    return Service(runner, dict(budgets), template, turn_end, body_bytes, int(time.time()))
+
+
+def warm(engine: Engine) -> None:
+    """Compiles all that will be needed, before anyone waits for it."""
+    for name in engine.sizes.archs:
+        for length in (250, 60, 10):
+            length = min(length, engine.limits.context - 1)
+            engine.submit(Job((0,) * length, name, 1), lambda progress: None)
+    while engine.step():
+        pass
+
+
+def serve(
+    sizes: Sizes,
+    budgets: Mapping[str, Budget],
+    limits: Limits,
+    host: str,
+    port: int,
+    chat_template: str = '',
+    body_bytes: int = 2**20,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Serves until SIGINT or SIGTERM: then no more are taken on, and those that are running get SHUTDOWN_SECONDS to end.
+
+    Raises: OSError when it cannot listen there.
+    """
+    service = make_service(sizes, budgets, limits, chat_template, body_bytes)
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=256) as listening:
+        say(f'compiling for {", ".join(sizes.archs)}')
+        warm(service.runner.engine)
+        memory = service.runner.engine.report()['memory']
+        parts = ', '.join(f'{memory[f"{part}_bytes"] / 2**20:.1f} MiB of {part}' for part in ('resident', 'slices', 'caches'))
+        address = f'[{host}]' if ':' in host else host
+        say(f'serving on http://{address}:{listening.getsockname()[1]}/v1 ({parts})')
+        config = uvicorn.Config(
+            make_app(service), log_level='warning', timeout_graceful_shutdown=SHUTDOWN_SECONDS, timeout_keep_alive=30
+        )
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,169 @@
+"""Continuous batching against each request alone: joining, leaving, thinking, queues, deadlines, and what is compiled."""
+
+import pytest
+
+from elastic_jax.errors import UserError
+from elastic_jax.infer import decoding
+from elastic_jax.infer.budget_control import Control, think_then_answer
+from elastic_jax.infer.generate import generate
+from elastic_jax.infer.resident import Resident
+from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.sizes import Sizes
+from elastic_jax.serve import lane
+from elastic_jax.serve.engine import Engine, Job, Limits, Overloaded
+from tests.infer.tiny import HYBRID, LETTERS, budgets_of, random_weights
+
+BUDGETS = {name: arch for name, arch in budgets_of(HYBRID).items() if name != 'mid'}
+SIZES = Sizes(Resident(random_weights(HYBRID).params, HYBRID), BUDGETS, LETTERS)
+LIMITS = Limits(slots=2, queue=3, context=120, piece=3)
+PROMPTS = ['abcde', 'fghijklmnopqrstuvabcdefghijkl', 'v', 'klm', 'cc']
+
+
+class Told:
+    """A listener that keeps what it was told, and that texts only grow."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, progress):
+        if self.all:
+            assert progress.text.startswith(self.all[-1].text) and progress.thinking.startswith(self.all[-1].thinking)
+            assert not self.all[-1].finish
+        self.all.append(progress)
+
+    @property
+    def last(self):
+        return self.all[-1]
+
+
+def job(prompt, budget='full', max_tokens=20, **options):
+    return Job(tuple(LETTERS.encode(prompt).tolist()), budget, max_tokens, **options)
+
+
+def run(engine):
+    while engine.step():
+        pass
+    assert engine.outstanding == 0
+
+
+def test_requests_that_join_and_leave_at_any_time_get_what_each_gets_alone():
+    """More than there are slots, of both sizes, greedy and not, arriving while others decode."""
+    engine, told = Engine(SIZES, LIMITS), {}
+    samplings = [Sampling(), Sampling(1.0), Sampling(1.5, top_k=7, repetition_penalty=1.3), Sampling(), Sampling(0.7, top_p=0.8)]
+    for turn in range(5):
+        for budget in BUDGETS:
+            told[budget, turn] = Told()
+            engine.submit(job(PROMPTS[turn], budget, 10 + 7 * turn, sampling=samplings[turn], seed=turn), told[budget, turn])
+        engine.step()
+    run(engine)
+    for (budget, turn), found in told.items():
+        weights = SIZES.weights(budget)
+        (alone,) = generate(weights, LETTERS, [PROMPTS[turn]], 10 + 7 * turn, samplings[turn], seeds=[turn])
+        assert (found.last.text, found.last.tokens, found.last.finish) == (alone.text, len(alone.tokens), alone.finish)
+
+
+def test_a_stop_string_ends_a_text_and_frees_its_slot():
+    (whole,) = generate(SIZES.weights('full'), LETTERS, ['abc'], 30, Sampling(1.0), seeds=[11])
+    engine, told = Engine(SIZES, LIMITS), Told()
+    engine.submit(job('abc', max_tokens=30, sampling=Sampling(1.0), seed=11, stop=(whole.text[5:8],)), told)
+    run(engine)
+    assert told.last.text == whole.text[: whole.text.index(whole.text[5:8])] and told.last.finish == 'stop'
+
+
+@pytest.mark.parametrize('pair', [('small', 'full'), ('full', 'small'), ('full', 'full')])
+def test_thinking_and_answering_are_those_of_budget_control(pair):
+    control = Control(9, 12, 'uv', 'wq')
+    engine, found = Engine(SIZES, LIMITS), [Told() for _ in PROMPTS[:4]]
+    for turn, told in enumerate(found):
+        request = job(PROMPTS[turn] + 'uv', pair[1], 12, sampling=Sampling(1.0), seed=turn, think=pair[0], control=control)
+        engine.submit(request, told)
+    run(engine)
+    one, other = (SIZES.weights(name) for name in pair)
+    thoughts, _ = think_then_answer(one, other, LETTERS, PROMPTS[:4], control, Sampling(1.0), seeds=[0, 1, 2, 3])
+    for told, thought in zip(found, thoughts, strict=True):
+        assert (told.last.thinking, told.last.text) == (thought.thinking, thought.answer.text)
+        assert (told.last.thinking_tokens, told.last.finish) == (thought.thinking_tokens, thought.answer.finish)
+
+
+def test_a_full_queue_turns_away_and_takes_on_again_when_there_is_room():
+    engine = Engine(SIZES, LIMITS)
+    for _ in range(LIMITS.slots + LIMITS.queue):
+        engine.submit(job('abc'), Told())
+    with pytest.raises(Overloaded, match='full: 5 requests are running or waiting'):
+        engine.submit(job('abc'), Told())
+    other, late = Told(), Told()
+    engine.submit(job('abc', 'small'), other)  # Another size has a queue of its own.
+    run(engine)
+    engine.submit(job('abc'), late)
+    run(engine)
+    assert other.last.finish and late.last.finish
+
+
+def test_cancelled_and_late_requests_free_their_slots():
+    now = [0.0]
+    engine = Engine(SIZES, LIMITS, clock=lambda: now[0])
+    told = [Told() for _ in range(4)]
+    texts = [generate(SIZES.weights('full'), LETTERS, ['abc'], 30, Sampling(1.0), seeds=[seed])[0] for seed in range(30)]
+    seeds = [seed for seed, text in enumerate(texts) if len(text.tokens) > 20][:4]
+    requests = [
+        engine.submit(job('abc', max_tokens=30, sampling=Sampling(1.0), seed=seed), each)
+        for seed, each in zip(seeds, told, strict=True)
+    ]
+    engine.step()
+    assert engine.report()['running'] == {'full': 2, 'small': 0}
+    engine.cancel(requests[0])
+    engine.cancel(requests[3])  # still in the queue
+    engine.step()
+    assert told[0].last.finish == told[3].last.finish == 'cancelled'
+    assert engine.outstanding == 2 and engine.report()['running']['full'] == 2  # the third has the first's slot
+    now[0] = LIMITS.seconds + 1
+    engine.step()
+    assert told[1].last.finish == told[2].last.finish == 'timeout' and engine.outstanding == 0
+    assert engine.report()['running'] == {'full': 0, 'small': 0}
+
+
+def test_a_failure_ends_what_was_there_and_the_next_request_runs():
+    engine, told, late = Engine(SIZES, LIMITS), [Told() for _ in range(4)], Told()
+    for each in told:
+        engine.submit(job('abc', max_tokens=60), each)
+    engine.step()
+    engine.fail()
+    assert [each.last.finish for each in told] == ['failed'] * 4 and engine.outstanding == 0
+    engine.submit(job('abcde', max_tokens=9), late)
+    run(engine)
+    assert late.last.text == generate(SIZES.weights('full'), LETTERS, ['abcde'], 9)[0].text
+
+
+def test_other_requests_compile_nothing_new():
+    engine = Engine(SIZES, LIMITS)
+    programs = (decoding.advance, decoding.feed_chunk, lane._join, lane._empty)
+    for budget in BUDGETS:
+        for length in (1, 20, 90):
+            engine.submit(job('a' * length, budget, 4), Told())
+    run(engine)
+    counts = [program._cache_size() for program in programs]
+    for budget in BUDGETS:
+        for length in (3, 17, 70):
+            engine.submit(job('b' * length, budget, 9, sampling=Sampling(0.9, 5, 0.5, 1.1), seed=3, stop=('ab',)), Told())
+            engine.step()
+    run(engine)
+    assert [program._cache_size() for program in programs] == counts
+
+
+def test_memory_is_reported():
+    memory = Engine(SIZES, LIMITS).report()['memory']
+    assert memory['caches_bytes'] > 0 and memory['resident_bytes'] > memory['slices_bytes'] > 0
+
+
+@pytest.mark.parametrize(
+    ('asked', 'message'),
+    [
+        (job('a', 'full', 200), 'make 201 tokens, but a request may have 120'),
+        (job(''), 'the prompt is empty'),
+        (job('a', 'smal'), "unknown budget 'smal'; did you mean 'small'"),
+        (job('a', think='small', control=Control(110, 4, closing='wq')), 'lower max_tokens or thinking_tokens'),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(asked, message):
+    with pytest.raises(UserError, match=message):
+        Engine(SIZES, LIMITS).submit(asked, Told())
