@@ -33,6 +33,7 @@ from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
 from elastic_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
+from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human
 from elastic_jax.hf.from_checkpoint import export_checkpoint
@@ -287,6 +288,11 @@ class Checkpoint:
         archs = {name: self.budgets[name].arch for name in names}
         scored = self.heldout(data, context, batches=batches)
         return {name: evaluate(restore_slice(self.path, arch), arch, scored) for name, arch in archs.items()}
+
+    def draw(self, *, colour: bool = False, ascii_only: bool = False) -> str:
+        """The nested widths of every block as text, 80 columns wide."""
+        archs = {name: budget.arch for name, budget in self.budgets.items()}
+        return draw_nesting(archs, self.arch, colour=colour, ascii_only=ascii_only)
 
     def describe(self) -> dict[str, Any]:
         """What `inspect --json` prints."""
