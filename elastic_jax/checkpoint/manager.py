@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.stored import read_manifest
 from elastic_jax.checkpoint.tree_reader import read_tree
 from elastic_jax.errors import UserError, WorkError
+from elastic_jax.parallel.processes import are_several
 
 ARRAY_ITEMS = ('params', 'opt_state', 'router', 'ordering')
 
@@ -27,7 +29,11 @@ class CheckpointManager:
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
         self.workdir = epath.Path(workdir).resolve()  # Orbax wants absolute paths
         self.root = self.workdir / 'checkpoints'
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self.failure: BaseException | None = None
+        meeting = ocp.options.AsyncOptions(barrier_sync_fn=self._meet) if are_several() else None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True, async_options=meeting
+        )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -101,6 +107,24 @@ class CheckpointManager:
         """The parameters of the frozen parent. Raises UserError when it is missing or damaged."""
         read_manifest(self.workdir / 'parent')
         return read_tree(self.workdir / 'parent' / 'params', abstract)
+
+    def _meet(self, key: str, timeout_ms: int) -> None:
+        """Orbax has all processes meet at the end of a save, failed or not: one that failed would wait for those that wait for it
+        in the middle. It leaves instead."""
+        failure = sys.exc_info()[1]
+        if failure is not None:
+            self.failure = failure
+            raise failure
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def check(self) -> None:
+        """Raises WorkError when a save in the background has failed."""
+        try:
+            if self.failure is not None:
+                raise self.failure
+            self.manager.check_for_errors()
+        except (OSError, ValueError) as error:
+            raise self._save_failed(-1, error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises WorkError when a save failed."""

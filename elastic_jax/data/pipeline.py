@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from elastic_jax.data.config import default_data_config
 from elastic_jax.data.rows import Batch
-from elastic_jax.data.stream import Stream, endless_stream, heldout_stream, load_stores, read_all
+from elastic_jax.data.stream import Stream, endless_stream, fingerprints, heldout_stream, load_stores, read_all
 from elastic_jax.errors import UserError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     'BatchIterator',
     'Batches',
     'default_data_config',
+    'fingerprints',
     'heldout_batches',
     'load_stores',
     'make_iterator',

@@ -97,6 +97,11 @@ def read_all(configs: Sequence[ConfigDict]) -> list[str]:
     return said
 
 
+def fingerprints(configs: Sequence[ConfigDict]) -> list[str]:
+    """Of all tokens to train on that some data configs name: the same on every host that reads the same corpora."""
+    return [f'{name}:{store.fingerprint}' for config in configs for name, store in load_stores(config, 'train').items()]
+
+
 def _named(source: SourceConfig) -> str:
     return f'source {source.name}' if source.name else source.path or "the standard library's source"
 

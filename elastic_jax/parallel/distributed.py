@@ -1,37 +1,20 @@
-"""How the processes of one run find each other: from arguments in the environment, or as the platform says.
-
-Explicit, anywhere: `ELASTIC_COORDINATOR=HOST:PORT ELASTIC_PROCESSES=N ELASTIC_PROCESS_ID=I`. Otherwise JAX's own detection on
-Cloud TPU (virtual machines and GKE), under Slurm (one task per process) and in Kubernetes jobs, where these really have several
-processes. `ELASTIC_INITIALIZATION_TIMEOUT` and `ELASTIC_HEARTBEAT_TIMEOUT` are seconds.
-"""
+"""How the processes of one run join, and how one of them leaves when it fails."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 
 from elastic_jax.errors import UserError, WorkError
-
-EXPLICIT = ('ELASTIC_COORDINATOR', 'ELASTIC_PROCESSES', 'ELASTIC_PROCESS_ID')
-INITIALIZATION_TIMEOUT, HEARTBEAT_TIMEOUT = 1800, 20
-METADATA = 'http://metadata.google.internal/computeMetadata/v1/instance/attributes/'
-TPU_DEVICES = ('/dev/accel0', '/dev/vfio/0')
-
-
-@dataclass(frozen=True)
-class Platform:
-    """What tells this process of the others. `arguments` are those of `jax.distributed.initialize`; none: JAX detects them."""
-
-    words: str
-    arguments: Mapping[str, str | int]
+from elastic_jax.parallel.environment import Platform, heartbeat_timeout, initialization_timeout, platform_of
 
 
 def initialize(environ: Mapping[str, str] = os.environ) -> bool:
@@ -42,18 +25,11 @@ def initialize(environ: Mapping[str, str] = os.environ) -> bool:
     """
     if jax.distributed.is_initialized():
         return True
-    seconds = _number(environ, 'ELASTIC_INITIALIZATION_TIMEOUT', INITIALIZATION_TIMEOUT, least=1)
-    heartbeat = _number(environ, 'ELASTIC_HEARTBEAT_TIMEOUT', HEARTBEAT_TIMEOUT, least=1)
-    platform = _explicit(environ) if any(environ.get(name) for name in EXPLICIT) else _detected(environ)
+    platform = platform_of(environ)
     if platform is None:
         return False
-    _join(platform, seconds, heartbeat)
+    _join(platform, initialization_timeout(environ), heartbeat_timeout(environ))
     return True
-
-
-def is_main() -> bool:
-    """Whether this process (number 0) writes logs and reports. It touches the devices: call `initialize` before."""
-    return jax.process_index() == 0
 
 
 def _join(platform: Platform, seconds: int, heartbeat: int) -> None:
@@ -99,81 +75,31 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _explicit(environ: Mapping[str, str]) -> Platform | None:
-    missing = [name for name in EXPLICIT if not environ.get(name)]
-    if missing == ['ELASTIC_COORDINATOR', 'ELASTIC_PROCESS_ID'] and environ['ELASTIC_PROCESSES'] == '1':
-        return None
-    if missing:
-        raise UserError(f'{", ".join(missing)} missing in the environment: {", ".join(EXPLICIT)} go together')
-    address = environ['ELASTIC_COORDINATOR']
-    host, _, port = address.rpartition(':')
-    if not host or not port.isdigit():
-        raise UserError(f'ELASTIC_COORDINATOR={address}: expected HOST:PORT, such as 10.0.0.2:8476')
-    processes = _number(environ, 'ELASTIC_PROCESSES', None, least=1)
-    process = _number(environ, 'ELASTIC_PROCESS_ID', None, least=0)
-    if process >= processes:
-        raise UserError(f'ELASTIC_PROCESS_ID={process} of ELASTIC_PROCESSES={processes}: give 0 to {processes - 1}')
-    if processes == 1:
-        return None
-    arguments = {'coordinator_address': address, 'num_processes': processes, 'process_id': process}
-    return Platform(f'the {processes} processes with the coordinator {address}', arguments)
+@contextmanager
+def among_processes(environ: Mapping[str, str] = os.environ) -> Iterator[bool]:
+    """`initialize`, and for what is done inside: a process of several that fails ends at once.
 
-
-def _detected(environ: Mapping[str, str]) -> Platform | None:
-    """The platform of a run of several processes; None on a single host."""
-    if (tasks := environ.get('SLURM_NTASKS', '')).isdigit() and {'SLURM_STEP_NODELIST', 'SLURM_PROCID'} <= set(environ):
-        nodes = environ['SLURM_STEP_NODELIST']
-        return Platform(f'Slurm job {environ.get("SLURM_JOB_ID")} ({tasks} tasks on {nodes})', {}) if int(tasks) > 1 else None
-    if workers := environ.get('TPU_PROCESS_ADDRESSES') or environ.get('TPU_WORKER_HOSTNAMES'):
-        return _tpu(workers, environ.get('MEGASCALE_NUM_SLICES'))
-    if any(Path(device).exists() for device in TPU_DEVICES):
-        workers = _metadata('worker-network-endpoints')
-        return _tpu(workers, environ.get('MEGASCALE_NUM_SLICES') or _slices(_metadata('tpu-env')))
-    if {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= set(environ):
-        return _kubernetes()
-    return None
-
-
-def _tpu(workers: str, slices: str | None) -> Platform | None:
-    hosts = [worker for worker in workers.split(',') if worker]
-    count = int(slices or 1)
-    if len(hosts) * count <= 1:
-        return None
-    return Platform(f'the TPU pod ({len(hosts)} hosts in each of {count} slice(s), first host {hosts[0]})', {})
-
-
-def _slices(tpu_env: str) -> str | None:
-    pairs = (line.partition(':') for line in tpu_env.splitlines())
-    return next((value.strip(" '") for key, _, value in pairs if key.strip() == 'MEGASCALE_NUM_SLICES'), None)
-
-
-def _metadata(attribute: str) -> str:
-    """An attribute of this Google Cloud machine; '' where it has none, or is no such machine."""
-    request = urllib.request.Request(METADATA + attribute, headers={'Metadata-Flavor': 'Google'})
+    Python's own exit would wait for the other processes, which wait for this one. They lose its heartbeat and stop.
+    """
+    if platform_of(environ) is None:
+        yield False
+        return
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.read().decode()
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            return ''
-        raise WorkError(f'the metadata server answered {error.code} for {attribute}; try again, or set {EXPLICIT}') from error
-    except OSError:
-        return ''
+        yield initialize(environ)
+    except BaseException as error:
+        _say(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            # Most likely a collective with a process that is gone. The coordinator finds out which one, JAX prints that and
+            # aborts this process; its parent (supervise.py) reads it.
+            print('elastic: waiting for the coordinator to say whether a process was lost', file=sys.stderr, flush=True)
+            time.sleep(2 * heartbeat_timeout(environ))
+        sys.stdout.flush()
+        os._exit(getattr(error, 'status', 1))
 
 
-def _kubernetes() -> Platform:
-    try:
-        import kubernetes  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            'this pod belongs to an indexed Kubernetes job of unknown size: set ELASTIC_COORDINATOR, ELASTIC_PROCESSES and '
-            'ELASTIC_PROCESS_ID as launch/jobset.yaml shows (a single pod: ELASTIC_PROCESSES=1), or pip install "jax[k8s]"'
-        ) from error
-    return Platform('the Kubernetes job of this pod', {})
-
-
-def _number(environ: Mapping[str, str], name: str, default: int | None, least: int) -> int:
-    text = environ.get(name) or str(default)
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f'{name}={text}: expected a whole number, {least} or more')
-    return int(text)
+def _say(error: BaseException) -> None:
+    if isinstance(error, UserError | WorkError):
+        print(f'elastic: {error}', file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()

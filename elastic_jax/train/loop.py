@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch
-from elastic_jax.data.pipeline import BatchIterator, make_iterator, read_all
+from elastic_jax.data.pipeline import BatchIterator, make_iterator
 from elastic_jax.metrics import MetricsWriter
 from elastic_jax.model.params import init_params
 from elastic_jax.nest.freeze import freeze
@@ -29,22 +29,22 @@ from elastic_jax.nest.router import init_router
 from elastic_jax.nest.slice import insert_params
 from elastic_jax.observe.clock import Clock
 from elastic_jax.observe.profile import ProfileWindow
-from elastic_jax.observe.sinks import check_observing, open_sinks
+from elastic_jax.observe.sinks import open_sinks
 from elastic_jax.parallel.placement import Placement
-from elastic_jax.parallel.processes import asked_to_stop, is_main
+from elastic_jax.parallel.processes import are_several, is_main
 from elastic_jax.train import persist
 from elastic_jax.train.calibrate import order_parent
 from elastic_jax.train.curriculum import Stage, draw_budgets
 from elastic_jax.train.finish import Evaluator, finish
 from elastic_jax.train.flops import stage_flops
 from elastic_jax.train.persist import Snapshot
+from elastic_jax.train.prepare import prepare
 from elastic_jax.train.programs import BATCH_KEYS, stage_program
 from elastic_jax.train.progress import RunProgress
 from elastic_jax.train.reporting import StepReport
-from elastic_jax.train.setup import Plan, hand_archs, make_plan
+from elastic_jax.train.setup import Plan, hand_archs
 from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
-from elastic_jax.train.workdir import claim_workdir, keep_tokenizer
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ class Run:
     at: Snapshot
     restored: int | None = None
     teacher: Any = None
-    stop_requested: bool = False
+    stop: StopOnSignal = dataclasses.field(default_factory=StopOnSignal)
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -77,23 +77,16 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
-    plan = make_plan(config)
-    check_observing(config)
-    # A corpus that cannot be read is said before anything is written.
-    passed_over = read_all([config.data, *(plan.data(stage) for stage in plan.stages)])
-    place = plan.place()
-    claim_workdir(workdir, config, write=is_main())
-    if is_main():
-        keep_tokenizer(workdir, config.data.tokenizer)
     if config.compilation_cache:
         jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-    store = persist.Store(workdir, plan, place)
+    plan, place, passed_over = prepare(config, workdir)
+    store, waits = persist.Store(workdir, plan, place), True
     try:
-        restored = store.restore_newest()
-        latest = None if restored is None else restored.step
         with RunProgress({stage.name: stage_flops(plan, stage) for stage in plan.stages}, is_main()) as progress:
             for sentence in passed_over:
                 progress.say(sentence)
+            restored = store.restore_newest(progress.say)
+            latest = None if restored is None else restored.step
             at = restored or _begin(plan, store, progress.say)
             sinks = open_sinks(config, workdir, latest) if is_main() else ()
             profile = ProfileWindow(config.profile.start, config.profile.steps if is_main() else 0, workdir / 'profile')
@@ -104,13 +97,19 @@ def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
                 run = Run(plan, place, workdir, store, writer, progress, evaluator, clock, profile, at, latest)
                 if restored:
                     progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')
-                with StopOnSignal(run):
+                with run.stop:
                     _run_stages(run)
                 store.wait()
             if is_main():
                 finish(workdir, progress.say)
+    except Stopped:
+        raise
+    except BaseException:
+        waits = not are_several()  # a save that one has failed in, the others cannot finish either
+        raise
     finally:
-        store.close()
+        if waits:
+            store.close()
 
 
 def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snapshot:
@@ -241,8 +240,8 @@ def _run_stage(run: Run, stage: Stage) -> None:
         at = run.at
         fresh = at.stage_step > 0 and at.step != run.restored
         evaluating = fresh and config.eval.every and at.step % config.eval.every == 0
-        # Looked at once: the signal may come at any moment.
-        stopping = run.stop_requested or asked_to_stop(at.step)
+        run.store.check()
+        stopping = run.stop.at(at.step)
         saving = stopping or (fresh and at.step % config.checkpoint.every == 0)
         if pending is not None and (saving or evaluating):
             # A checkpoint of step N comes after the line of step N, which a resumed run would not write again.

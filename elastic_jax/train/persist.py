@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from elastic_jax.nest.ordering import Ordering, ordering_hash
 from elastic_jax.nest.relayout import relayout
 from elastic_jax.nest.router import init_router
 from elastic_jax.parallel.placement import Placement
-from elastic_jax.parallel.processes import all_agree
+from elastic_jax.parallel.processes import check_same, together
 from elastic_jax.train.programs import abstract_state, abstract_teacher
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState
@@ -64,6 +64,9 @@ class Store:
 
     def latest(self) -> int | None:
         return self.manager.latest()
+
+    def check(self) -> None:
+        self.manager.check()
 
     def wait(self) -> None:
         self.manager.wait()
@@ -139,27 +142,23 @@ class Store:
         checkpoint = self.plan.config.parent.checkpoint
         return read_manifest(checkpoint).hf_config if checkpoint else None
 
-    def restore_newest(self) -> Snapshot | None:
+    def restore_newest(self, say: Callable[[str], None]) -> Snapshot | None:
         """The snapshot of the newest good checkpoint, None in a new workdir; damaged ones are said and passed over.
 
         Raises: UserError when there are checkpoints and none of them is good.
         """
-        problems = []
-        for step in self.manager.steps():
-            found, problem = None, ''
+        steps = self.manager.steps()
+        check_same({f'list of checkpoints in {self.manager.root}': str(steps)}, 'take a --workdir that all hosts share')
+        problem = None
+        for step in steps:
             try:
-                found = self._restore(step, read_manifest(self.manager.root / str(step)))
+                # Damage may lie in one process's part alone; all of them must go on from the same step.
+                return together(lambda step=step: self._restore(step, read_manifest(self.manager.root / str(step))))
             except UserError as error:
-                problem = str(error)
-            # Damage may lie in one process's part alone; all of them must go on from the same step.
-            if all_agree(found is not None):
-                return found
-            problems.append(problem or 'another process found damage in its part')
-            print(f'elastic: checkpoint {step} is damaged and passed over: {problems[-1]}', file=sys.stderr)
-        if problems:
-            raise UserError(
-                f'no checkpoint in {self.manager.root} is good: {problems[0]}; restore one, or take another --workdir'
-            )
+                problem = problem or error
+                say(f'checkpoint {step} is damaged and passed over: {error}')
+        if problem:
+            raise UserError(f'no checkpoint in {self.manager.root} is good: {problem}; restore one, or take another --workdir')
         return None
 
     def _restore(self, step: int, manifest: Manifest) -> Snapshot:

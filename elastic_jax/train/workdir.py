@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from typing import Any
 
 from etils import epath
@@ -13,40 +15,54 @@ from elastic_jax.errors import UserError
 
 # Keys that may change between runs of one experiment, since no number of the result depends on them.
 FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'wandb', 'profile')
+# Seconds after which a file that one host has written is there for all: network file systems may take a minute.
+SEEN_WITHIN = 90
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -> None:
-    """Writes `config.json`, or checks that the workdir's own says the same. Raises UserError naming the keys that differ.
-
-    Of several processes all check, and one has `write`.
-    """
-    wanted = flatten(json.loads(config.to_json()))
+def check_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Whether `config.json` has still to be written. Raises UserError naming the keys in which the workdir's own differs."""
     path = workdir / 'config.json'
-    if path.exists():
-        try:
-            found = flatten(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path} is not JSON ({error}); restore it or take another --workdir') from error
-        differ = [
-            key
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key) and key.split('.')[0] not in FREE
-        ]
-        if differ and not _has_checkpoints(workdir):
-            # Nothing was trained under the old config, which may be the mistake that is being mended.
-            if write:
-                path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
-        elif differ:
-            shown = ', '.join(f'{key}: {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differ[:5])
-            more = f' and {len(differ) - 5} more' if len(differ) > 5 else ''
-            raise UserError(f'{workdir} holds another experiment ({shown}{more}); take another --workdir or the same config')
-        return
-    if _has_checkpoints(workdir):
-        raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
-    if not write:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+    if not path.exists():
+        if _has_checkpoints(workdir):
+            raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
+        return True
+    try:
+        found = flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path} is not JSON ({error}); restore it or take another --workdir') from error
+    wanted = flatten(_plain(config))
+    differ = [
+        key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key) and key.split('.')[0] not in FREE
+    ]
+    # Without checkpoints nothing was trained under the old config, which may be the mistake that is being mended.
+    if differ and _has_checkpoints(workdir):
+        shown = ', '.join(f'{key}: {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differ[:5])
+        more = f' and {len(differ) - 5} more' if len(differ) > 5 else ''
+        raise UserError(f'{workdir} holds another experiment ({shown}{more}); take another --workdir or the same config')
+    return bool(differ)
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes what makes the workdir this experiment's: `config.json`, and the tokenizer's files."""
+    try:
+        if check_workdir(workdir, config):
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / 'config.json').write_text(json.dumps(_plain(config), indent=1))
+        keep_tokenizer(workdir, config.data.tokenizer)
+    except OSError as error:
+        raise UserError(f'{workdir} cannot be written ({error.strerror or error}); take a --workdir that can be') from error
+
+
+def check_shared(workdir: epath.Path, config: ConfigDict) -> None:
+    """That this process sees what the main one has written. Raises UserError when the workdir is a folder of one host."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while check_workdir(workdir, config):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f'{workdir} on {socket.gethostname()} is not the folder that process 0 writes to; take a --workdir that all '
+                'hosts share, such as gs://BUCKET/RUN'
+            )
+        time.sleep(1)
 
 
 def keep_tokenizer(workdir: epath.Path, folder: str) -> None:
@@ -62,6 +78,10 @@ def keep_tokenizer(workdir: epath.Path, folder: str) -> None:
 def _has_checkpoints(workdir: epath.Path) -> bool:
     root = workdir / 'checkpoints'
     return root.exists() and any(entry.name.isdigit() for entry in root.iterdir())
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

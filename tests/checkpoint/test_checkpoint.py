@@ -126,7 +126,7 @@ def largest_file(folder):
 
 @pytest.mark.parametrize('item', ['params', 'opt_state', 'data', 'manifest'])
 @pytest.mark.parametrize('how', ['truncated', 'deleted'])
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(finished_run, tmp_path, capsys, item, how):
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(finished_run, tmp_path, item, how):
     """The two checkpoints that the tiny run kept: the newest is damaged, then both are."""
     shutil.copytree(finished_run, tmp_path / 'run')
     steps = sorted((int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()), reverse=True)
@@ -138,11 +138,12 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(finished
 
     plan = make_plan(get_config())
     store = Store(tmp_path / 'run', plan, plan.place())
-    assert store.restore_newest().step == steps[0]
+    said: list[str] = []
+    assert store.restore_newest(said.append).step == steps[0]
     damage(steps[0])
-    assert store.restore_newest().step == steps[1]
-    assert f'checkpoint {steps[0]} is damaged and passed over' in capsys.readouterr().err
+    assert store.restore_newest(said.append).step == steps[1]
+    assert len(said) == 1 and f'checkpoint {steps[0]} is damaged and passed over' in said[0]
     damage(steps[1])
     with pytest.raises(UserError, match=r'no checkpoint in .* is good'):
-        store.restore_newest()
+        store.restore_newest(said.append)
     store.close()

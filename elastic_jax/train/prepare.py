@@ -1,0 +1,39 @@
+"""Before the first step of a run: everything that may be wrong on one host alone is looked at on all of them, and said by all.
+
+Nothing here leaves one process waiting for another that has already failed.
+"""
+
+from __future__ import annotations
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from elastic_jax.data.pipeline import fingerprints, read_all
+from elastic_jax.observe.sinks import check_observing
+from elastic_jax.parallel.placement import Placement
+from elastic_jax.parallel.processes import check_same, is_main, together
+from elastic_jax.train.setup import Plan, make_plan
+from elastic_jax.train.workdir import check_shared, check_workdir, claim_workdir
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Plan, Placement, list[str]]:
+    """(the plan, where its arrays live, sentences on data that was passed over); the workdir is this experiment's afterwards.
+
+    Raises: UserError for what is wrong on any process, before anything is written; then, when the workdir cannot be written.
+    """
+
+    def check() -> tuple[Plan, Placement, list[str], list[str]]:
+        plan = make_plan(config)
+        check_observing(config)
+        data = [config.data, *(plan.data(stage) for stage in plan.stages)]
+        passed_over, place = read_all(data), plan.place()
+        check_workdir(workdir, config)
+        return plan, place, passed_over, fingerprints(data)
+
+    plan, place, passed_over, data = together(check)
+    facts = {'--workdir': str(workdir), 'config': config.to_json(), 'training data': ' '.join(data), 'JAX': jax.__version__}
+    check_same(facts, 'start all of them with the same arguments, config file, data and installation')
+    together(lambda: claim_workdir(workdir, config) if is_main() else None)
+    together(lambda: check_shared(workdir, config))
+    return plan, place, passed_over
