@@ -47,7 +47,8 @@ def get_config(arg: str = '') -> ConfigDict:
         }
     )
     config.plan.widths.update({'mid': 'embed=2240,expert_width=1664,mamba_heads=56', 'small': 'embed=1920,expert_width=960'})
-    config.layout.update({'experts': 16, 'shared_width': 8, 'kv_heads': 2})
+    # As many blocks of experts as parameters are split into: then experts are stored whole (parallel/sharding.py).
+    config.layout.update({'experts': 64, 'shared_width': 8, 'kv_heads': 2})
     # embed is 2^7 · 21: fsdp=64 divides it, and what is left of the chips are replicas.
     config.mesh.update({'replica': -1, 'fsdp': 64})
 

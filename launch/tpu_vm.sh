@@ -57,9 +57,12 @@ python3 -m uv pip install --quiet --python elastic_venv/bin/python -e './${folde
 }
 
 start() {
-  local train
+  local train flags again
   training
-  on all "$folder/launch/host.sh start $(quoted "${train[@]}")"
+  given name project zone bucket
+  # What the run's parent process says to run again where one was lost.
+  again="launch/tpu_vm.sh run $(quoted "${flags[@]}" -- "${arguments[@]}")"
+  on all "ELASTIC_RERUN=${again@Q} $folder/launch/host.sh start $(quoted "${train[@]}")"
 }
 
 # The service's word for the slice. Only an answer that there is none means that there is none.

@@ -20,17 +20,20 @@ from elastic_jax.model.params import Param, leaves, map_table, param_table
 class Rules:
     """From a logical axis to the mesh axes that split it; an axis that does not divide it, or is used already, is left out.
 
-    `embed` is how parameters are stored; they are gathered over it before use. The others split the computation too.
+    `stored` is how parameters are kept, along the first of these logical axes that they have and that it divides; they are
+    gathered over it before use. The others split the computation too.
     """
 
     batch: Axes = ('replica', 'fsdp', 'expert')
-    embed: Axes = ('fsdp', 'expert')
     vocab: Axes = ('tensor',)
     mlp_blocks: Axes = ('tensor',)
     shared_width_blocks: Axes = ('tensor',)
     kv_heads_blocks: Axes = ('tensor',)
     mamba_groups: Axes = ('tensor',)
     experts_blocks: Axes = ('expert', 'tensor')
+    # Whole experts are contiguous and always tile-aligned. Split along embed, the TPU compiler copies the experts into another
+    # layout at every gather, and all-reduces their gradients at full size where a part is no multiple of 8.
+    stored: tuple[tuple[str, Axes], ...] = (('experts_blocks', ('fsdp',)), ('embed', ('fsdp', 'expert')))
 
 
 RULES = Rules()
@@ -40,25 +43,32 @@ def param_spec(param: Param, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
     """How one parameter is stored. Vectors over `embed` are whole everywhere: fetching them would cost more than they do."""
     entries: list[Axes] = [()] * len(param.axes)
     used: set[str] = set()
-    # What splits the computation first; storage takes what is left.
-    for i in sorted(range(len(param.axes)), key=lambda i: param.axes[i] == 'embed'):
-        name, size = param.axes[i], param.shape[i]
-        if (name == 'embed' and len(param.shape) == 1) or (name != 'embed' and param.whole):
-            continue
-        for axis in getattr(rules, name, ()):
+
+    def split(i: int, axes: Axes) -> None:
+        for axis in axes:
             divisor = mesh.shape[axis] * math.prod(mesh.shape[other] for other in entries[i])
-            if mesh.shape[axis] > 1 and axis not in used and size % divisor == 0:
+            if mesh.shape[axis] > 1 and axis not in used and param.shape[i] % divisor == 0:
                 entries[i] += (axis,)
                 used.add(axis)
+
+    # What splits the computation first; storage takes what is left.
+    for i, name in enumerate(param.axes):
+        if not param.whole:
+            split(i, getattr(rules, name, ()))
+    for name, axes in rules.stored:
+        if name in param.axes and not (name == 'embed' and len(param.shape) == 1) and not (name != 'embed' and param.whole):
+            split(param.axes.index(name), axes)
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def fetch_axes(param: Param, spec: PartitionSpec) -> tuple[Axes, int]:
-    """(mesh axes that a parameter is gathered over before use, its dimension)."""
-    if 'embed' not in param.axes:
-        return (), 0
-    dim = param.axes.index('embed')
-    return spec_axes(spec, dim), dim
+def fetch_axes(param: Param, spec: PartitionSpec, rules: Rules = RULES) -> tuple[tuple[Axes, int], ...]:
+    """(mesh axes, dimension) pairs: what a parameter is gathered over before use, and along which of its dimensions."""
+    found = []
+    for name, axes in rules.stored:
+        if name in param.axes:
+            dim, computed = param.axes.index(name), () if param.whole else getattr(rules, name, ())
+            found.append((tuple(axis for axis in spec_axes(spec, dim) if axis in axes and axis not in computed), dim))
+    return tuple((axes, dim) for axes, dim in found if axes)
 
 
 def spec_axes(spec: PartitionSpec, dim: int) -> Axes:
@@ -116,9 +126,9 @@ def shards(arch: Arch, layout: Layout, mesh: Mesh, rules: Rules = RULES) -> Shar
     for _, name, param in leaves(param_table(arch, layout)):
         spec = param_spec(param, mesh, rules)
         for dim, logical in enumerate(param.axes):
-            if logical == 'embed' or param.whole or not hasattr(rules, logical):
+            if param.whole or not (computed := getattr(rules, logical, ())):
                 continue
-            axes = spec_axes(spec, dim)
+            axes = tuple(axis for axis in spec_axes(spec, dim) if axis in computed)
             if split.setdefault(logical, axes) != axes:
                 raise UserError(f'{name}: blocks differ in how {logical} can be split over the mesh; take a smaller config.mesh')
     data = tuple(axis for axis in rules.batch if mesh.shape[axis] > 1)

@@ -164,10 +164,12 @@ def _fetch_group(
     """The parameters of a group, as large as `table` says, from what is stored here of the parent's."""
     result = {}
     for name, leaf in leaves.items():
-        param, (axes, dim) = table[name], fetch_axes(table[name], specs[name])
-        needed = leaf[tuple(slice(size) for size in param.shape)]  # dimensions that are split over devices are shorter here
-        whole = fetch(needed, axes, dim, leaf.dtype if param.float32 else dtype)
-        result[name] = checkpoint_name(whole, FETCHED) if axes else whole
+        param = table[name]
+        whole = leaf[tuple(slice(size) for size in param.shape)]  # dimensions that are split over devices are shorter here
+        stored = fetch_axes(param, specs[name])
+        for axes, dim in stored:
+            whole = fetch(whole, axes, dim, leaf.dtype if param.float32 else dtype)
+        result[name] = checkpoint_name(whole, FETCHED) if stored else whole
     return result
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.launch.cloud import LAUNCH, ROOT, Cloud
 
 SLICE = ('--name', 'star', '--project', 'p', '--zone', 'z')
+SLICE_FLAGS = ('--name=star', '--project=p', '--zone=z')
 TRAIN = ('--', '--config', 'experiments/quickstart.py', '--config.name=a b')
 CREATE = (
     '--type',
@@ -125,7 +126,10 @@ def test_directives_of_slurm_exist():
 def test_what_runs_on_the_hosts_are_the_arguments_as_given(tmp_path):
     done = Cloud(tmp_path).call('tpu_vm.sh', 'run', *SLICE, '--bucket', 'gs://b', '--dry-run', *TRAIN)
     (command,) = [word for word in shlex.split(done.stdout) if word.startswith('--command=')]
-    assert shlex.split(command.removeprefix('--command='))[2:] == [
+    again, script, verb, *train = shlex.split(command.removeprefix('--command='))
+    assert (script, verb) == ('elastic_jax/launch/host.sh', 'start')
+    assert shlex.split(again) == ['ELASTIC_RERUN=launch/tpu_vm.sh', 'run', *SLICE_FLAGS, '--bucket=gs://b', *TRAIN]
+    assert train == [
         *TRAIN[1:],
         '--workdir=gs://b/star',
         '--config.compilation_cache=gs://b/compilation_cache',

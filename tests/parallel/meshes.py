@@ -22,6 +22,8 @@ MESHES = {
     'fsdp-tensor': {'fsdp': 4, 'tensor': 2},
     # The KV blocks do not split four ways: attention is whole on each device there.
     'wide-tensor': {'fsdp': 2, 'tensor': 4},
+    # The experts' blocks split four ways: they are stored whole, and all else along embed.
+    'replica-fsdp': {'replica': 2, 'fsdp': 4},
     'replica-tensor': {'replica': 4, 'tensor': 2},
     'replica-expert': {'replica': 2, 'expert': 4},
     'fsdp-expert': {'fsdp': 2, 'expert': 4},

@@ -13,7 +13,7 @@ from elastic_jax.model.context import Context
 from elastic_jax.model.moe import moe
 from elastic_jax.model.params import param_table
 from elastic_jax.parallel.mesh import make_mesh
-from elastic_jax.parallel.sharding import batch_spec, fetch_axes, param_spec, shards
+from elastic_jax.parallel.sharding import batch_spec, fetch_axes, param_spec, shards, spec_axes
 from tests.model import oracle
 from tests.tiny import numpy_params
 
@@ -38,8 +38,9 @@ def on_mesh(mesh):
     specs = {name: param_spec(param, mesh) for name, param in table.items()}
     computed = {}
     for name, spec in specs.items():
-        fetched, dim = fetch_axes(table[name], spec)
-        computed[name] = PartitionSpec(*(None if fetched and n == dim else entry for n, entry in enumerate(spec)))
+        fetched = {axis for axes, _ in fetch_axes(table[name], spec) for axis in axes}
+        left = [tuple(axis for axis in spec_axes(spec, dim) if axis not in fetched) or None for dim in range(len(spec))]
+        computed[name] = PartitionSpec(*left)
     context = Context(None, shards=shards(ARCH, LAYOUT, mesh))
     rows = batch_spec(mesh)
 
