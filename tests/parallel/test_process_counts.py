@@ -49,7 +49,8 @@ def rows_of(log, processes: int) -> list[list[str]]:
 
 def test_from_four_processes_to_two_on_another_mesh_to_one(place: Place):  # noqa: F811
     alone, changing = place.root / 'one', place.root / 'changing'
-    place.start(alone, processes=1).end()
+    place.start(alone, '--config.profile.start=8', '--config.profile.steps=2', processes=1).end()
+    assert list((alone / 'profile').rglob('*.xplane.pb')), 'a profile of the window'
 
     def start(log, processes, devices, *more):
         script = RECORDING.replace('LOG', repr(str(place.root / log)))
