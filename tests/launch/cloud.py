@@ -42,7 +42,7 @@ class Cloud:
 
     def environment(self, **more: str) -> dict[str, str]:
         path = f'{self.bin}:{os.environ["PATH"]}'
-        return {**os.environ, 'PATH': path, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(self.folder), **more}
+        return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PATH': path, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(self.folder), **more}
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         command = ['bash', str(LAUNCH / script), *arguments]

@@ -138,9 +138,9 @@ def test_the_real_trainer_is_stopped_and_goes_on(tmp_path):
         run = (*SLICE, '--', f'--config={config}', f'--workdir={tmp_path / "run"}')
         tpu_vm(cloud, 'run', *run)
         metrics = tmp_path / 'run' / 'metrics.jsonl'
-        wait_for(lambda: metrics.exists() and '"step": 4' in metrics.read_text(), 300)
+        wait_for(lambda: metrics.exists() and '"step": 4' in metrics.read_text(), 900)
         assert tpu_vm(cloud, 'stop', *SLICE) == 'w-0 stopped\n'
         tpu_vm(cloud, 'run', *run)
-        wait_for(lambda: statuses(cloud) != ['w-0 running'], 300)
+        wait_for(lambda: statuses(cloud) != ['w-0 running'], 900)
         assert statuses(cloud) == ['w-0 finished']
         assert 'resuming' in (tmp_path / 'star' / 'w-0' / 'elastic_run' / 'log').read_text()
