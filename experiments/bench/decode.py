@@ -155,10 +155,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {'parameters': float(parameters(arch)), 'active': float(active_parameters(arch))}
     for rows in (1, 8):
         prompts = np.random.default_rng(1).integers(1, VOCAB, (rows, PROMPT))
-        runs = {
-            budget: partial(lambda own, prompts: ours(resident.weights(own), prompts), own, prompts)
-            for budget, own in sizes.items()
-        }
+        ours_of = lambda own, prompts: ours(resident.weights(own), prompts)
+        runs = {budget: partial(ours_of, own, prompts) for budget, own in sizes.items()}
         found = in_turn({'transformers': partial(theirs, model, prompts), **runs})
         limit = bandwidth()
         (peer_prefill, peer_step), (prefill, step) = found['transformers'], found['full']
