@@ -15,7 +15,7 @@ from typing import Any
 from elastic_jax.arch import unknown_name
 from elastic_jax.checkpoint.quiet import quiet_failures
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.verbs import data, eval, generate, import_, inspect, plan, report, serve, slice, train
+from elastic_jax.verbs import cache_teacher, data, eval, generate, import_, inspect, plan, report, serve, slice, train
 
 # In the order in which they are used.
 VERBS = {
@@ -29,6 +29,7 @@ VERBS = {
     'report': report,
     'import': import_,
     'plan': plan,
+    'cache-teacher': cache_teacher,
 }
 
 PATH_THROUGH = """\

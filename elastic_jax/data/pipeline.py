@@ -8,7 +8,7 @@ is one number, and Grain reads ahead in threads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Ranges = Sequence[tuple[int, int]]
+Beside = Callable[[int, np.ndarray], Batch]
 ENDLESS = 2**40
 BLOCK_TOKENS = 2**16
 
@@ -40,11 +41,14 @@ BLOCK_TOKENS = 2**16
 class Batches:
     """Batch k of an endless stream: this process's rows of it.
 
-    `rows` are the (first, one past the last) ranges of rows that this process's devices hold; None for all.
+    `rows` are the (first, one past the last) ranges of rows that this process's devices hold; None for all. `beside` gives more
+    arrays for a batch and its rows [R], such as a cached teacher's, up to batch `end`.
     """
 
-    def __init__(self, stream: Stream, batch_size: int, rows: Ranges | None = None):
-        self.stream, self.batch_size = stream, batch_size
+    def __init__(
+        self, stream: Stream, batch_size: int, rows: Ranges | None = None, beside: Beside | None = None, end: int = ENDLESS
+    ):
+        self.stream, self.batch_size, self.beside, self.end = stream, batch_size, beside, end
         ranges = ((0, batch_size),) if rows is None else rows
         self.rows = np.concatenate([np.arange(first, last) for first, last in ranges])
 
@@ -52,14 +56,18 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`."""
-        return self.stream.batch(index * self.batch_size + self.rows)
+        return self._with_more(index, self.stream.batch(index * self.batch_size + self.rows))
+
+    def _with_more(self, index: int, batch: Batch) -> Batch:
+        return batch if self.beside is None else batch | self.beside(index, self.rows)
 
     def block(self, index: int) -> list[Batch]:
         """Batches index · per_block and following, made at once: one by one, small ones cost more in calls than in tokens."""
-        numbers = index * self.per_block + np.arange(self.per_block)
+        numbers = np.arange(index * self.per_block, min((index + 1) * self.per_block, self.end))
         block = self.stream.batch((numbers[:, None] * self.batch_size + self.rows).ravel())
-        split = {key: np.split(value, self.per_block) for key, value in block.items()}
-        return [{key: parts[i] for key, parts in split.items()} for i in range(self.per_block)]
+        split = {key: np.split(value, len(numbers)) for key, value in block.items()}
+        batches = [{key: parts[i] for key, parts in split.items()} for i in range(len(numbers))]
+        return [self._with_more(int(number), batch) for number, batch in zip(numbers, batches, strict=True)]
 
     def identity(self) -> dict[str, Any]:
         """What a position in these batches is a position of."""
@@ -79,7 +87,7 @@ class _Blocks(grain.sources.RandomAccessDataSource):
         self.batches = batches
 
     def __len__(self) -> int:
-        return ENDLESS
+        return -(-self.batches.end // self.batches.per_block)
 
     def __repr__(self) -> str:
         return f'Blocks({self.batches.identity()})'
@@ -135,12 +143,16 @@ def make_iterator(
     seed: int,
     rows: Ranges | None = None,
     start_batch: int = 0,
+    beside: Beside | None = None,
+    end: int = ENDLESS,
 ) -> BatchIterator:
-    """Batches of a split, without end: dicts of [rows, context] arrays as `rows.assemble` describes them.
+    """Batches of a split, without end by default: dicts of [rows, context] arrays as `rows.assemble` describes them.
 
-    `rows` are the ranges of a batch's rows that this process makes (`parallel.placement`); None for all.
+    `rows` are the ranges of a batch's rows that this process makes (`parallel.placement`); None for all. `beside`, `end`: as of
+    Batches.
     """
-    return BatchIterator(Batches(endless_stream(config, split, context, seed), batch_size, rows), start_batch)
+    source = Batches(endless_stream(config, split, context, seed), batch_size, rows, beside, end)
+    return BatchIterator(source, start_batch)
 
 
 def heldout_batches(config: ConfigDict, batch_size: int, context: int, max_batches: int | None = None) -> Iterator[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -69,15 +69,14 @@ class Placement:
 
     def rows(self, batch_size: int) -> tuple[tuple[int, int], ...]:
         """The (first, one past the last) ranges of a batch's rows that this process's devices hold, in order."""
-        held = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
-        ranges = sorted({index[0].indices(batch_size)[:2] for index in held})
-        merged: list[tuple[int, int]] = []
-        for first, last in ranges:
-            if merged and merged[-1][1] == first:
-                merged[-1] = (merged[-1][0], last)
-            else:
-                merged.append((first, last))
-        return tuple(merged)
+        return _merged(self.batch_sharding.addressable_devices_indices_map((batch_size,)).values(), batch_size)
+
+    def all_rows(self, batch_size: int) -> tuple[tuple[int, int], ...]:
+        """The ranges of all processes, as `rows` gives each its own."""
+        by_process: dict[int, list[Any]] = {}
+        for device, index in self.batch_sharding.devices_indices_map((batch_size,)).items():
+            by_process.setdefault(device.process_index, []).append(index)
+        return tuple(sorted({own for held in by_process.values() for own in _merged(held, batch_size)}))
 
     def put_batch(self, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
         """A batch from the rows of it that each process made."""
@@ -92,3 +91,14 @@ class Placement:
         splits = self.distributed and rows % data_parallelism(self.mesh) == 0
         sharding = self.batch_sharding if splits else self.whole
         return {key: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for key, value in batch.items()}
+
+
+def _merged(held: Iterable[Any], batch_size: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of rows from the indices of devices, with neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted({index[0].indices(batch_size)[:2] for index in held}):
+        if merged and merged[-1][1] == first:
+            merged[-1] = (merged[-1][0], last)
+        else:
+            merged.append((first, last))
+    return tuple(merged)

@@ -9,17 +9,17 @@ import jax
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
 from elastic_jax.model.context import context_for
-from elastic_jax.model.losses import cross_entropy_losses, kl_losses
+from elastic_jax.model.losses import cross_entropy_losses
 from elastic_jax.model.params import init_params
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import mesh_problems
 from elastic_jax.train.curriculum import Stage
 from elastic_jax.train.gradients import loss_and_gradients
 from elastic_jax.train.lockstep import lockstep
-from elastic_jax.train.programs import Program, abstract_batch, abstract_teacher
+from elastic_jax.train.programs import Program, abstract_batch, abstract_teacher, needs_parent
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState, guarded_update, new_state
-from elastic_jax.train.step import teacher_head
+from elastic_jax.train.step import distillation
 
 
 def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) -> Program:
@@ -31,7 +31,7 @@ def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) 
     if problems:
         raise UserError('; '.join(problems))
     config = plan.step_config(stage, place.mesh if place.distributed else None)
-    optimizer, parent, frozen = plan.optimizer(stage), plan.parent, plan.config.teacher == 'frozen'
+    optimizer, parent = plan.optimizer(stage), plan.parent
 
     def loss_fn(params: Any, teacher: Any, batch: Any, count: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         context = context_for(
@@ -43,10 +43,10 @@ def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) 
             shards=config.shards(arch),
         )
         heads, _ = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
-        shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
-        if frozen:
-            losses = kl_losses(heads, teacher_head(teacher, batch, parent, context, config), *shared)
+        if plan.config.teacher in ('frozen', 'cached'):
+            losses = distillation(heads, teacher, batch, count, parent, context, config)
         else:
+            shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
             losses = cross_entropy_losses(heads, batch['targets'], *shared)
         return losses[0], {'loss/alone': losses[0]}
 
@@ -61,5 +61,5 @@ def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) 
     own = Placement(place.mesh, arch, place.layout)
     build = lambda: new_state(init_params(jax.random.key(0), arch, plan.layout), optimizer)
     state = own.abstract(jax.eval_shape(build))
-    teacher = abstract_teacher(plan, place) if frozen else {}
-    return Program(jax.jit(step, donate_argnums=0), (state, teacher, abstract_batch(stage, place)))
+    teacher = abstract_teacher(plan, place) if needs_parent(plan, stage) else {}
+    return Program(jax.jit(step, donate_argnums=0), (state, teacher, abstract_batch(plan, stage, place)))

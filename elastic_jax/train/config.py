@@ -54,7 +54,10 @@ def default_config() -> ConfigDict:
     # Batches of the training data that importance is measured on; `layer_batches` of them rank the layers (0: not ranked).
     # `order`: by 'importance', or the control 'random'.
     config.calibrate = ConfigDict({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 1, 'order': 'importance'})
-    config.teacher = 'frozen'  # or 'self' (the full budget), or 'none' (cross-entropy for every budget)
+    # 'frozen' (the parent), 'cached' (its logits by `elastic cache-teacher`), 'self' (the full budget), 'none' (cross-entropy).
+    config.teacher = 'frozen'
+    # Where the parent's logits are kept: the top k of every token, and the mass of all others (`tail`).
+    config.teacher_cache = ConfigDict({'path': '', 'k': 32, 'tail': True})
     config.data = default_data_config()
     config.optimizer = ConfigDict(
         {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from elastic_jax.arch import Arch
 from elastic_jax.cost import flops_per_token, training_flops_per_token
 from elastic_jax.train.curriculum import Stage, draw_budgets
+from elastic_jax.train.programs import needs_parent
 from elastic_jax.train.setup import Plan
 
 DRAWS = 64
@@ -24,7 +25,7 @@ def step_flops(
     """
     tokens = stage.batch_size * stage.context
     batch = stage.batch_size // stage.config.accumulate if executed else None
-    teacher = stage.kind == 'search' or (stage.kind == 'elastic' and plan.config.teacher == 'frozen')
+    teacher = needs_parent(plan, stage)
     known, unknown = [plan.parent] * len(budgets_drawn), 0.0
     if stage.kind == 'pretrain':
         known = [plan.parent]

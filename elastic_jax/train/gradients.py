@@ -54,7 +54,7 @@ def loss_and_gradients(loss_fn: Loss, parent: Arch, config: StepConfig) -> Gradi
             return loss, metrics, reduce_gradients(grads, own_specs, data)
 
         in_specs = (own_specs, tree_specs(fixed, specs), batch_spec(config.mesh))
-        return _manual(reduced, config, in_specs, (PartitionSpec(), PartitionSpec(), own_specs))(learned, fixed, batch)
+        return manual(reduced, config, in_specs, (PartitionSpec(), PartitionSpec(), own_specs))(learned, fixed, batch)
 
     return over_mesh
 
@@ -67,10 +67,11 @@ def summed_loss(loss_fn: Loss, parent: Arch, config: StepConfig) -> Callable[[An
 
     if config.mesh is None:
         return run
-    return _manual(run, config, (config.specs(parent), batch_spec(config.mesh)), PartitionSpec())
+    return manual(run, config, (config.specs(parent), batch_spec(config.mesh)), PartitionSpec())
 
 
-def _manual(run: Callable[..., Any], config: StepConfig, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def manual(run: Callable[..., Any], config: StepConfig, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`run`, once on every device of the mesh with its parts."""
     return jax.shard_map(run, mesh=config.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

@@ -37,14 +37,15 @@ from elastic_jax.train.calibrate import order_parent
 from elastic_jax.train.curriculum import Stage, draw_budgets
 from elastic_jax.train.finish import Evaluator, finish
 from elastic_jax.train.flops import stage_flops
-from elastic_jax.train.persist import Snapshot
+from elastic_jax.train.persist import Snapshot, initial_params
 from elastic_jax.train.prepare import prepare
-from elastic_jax.train.programs import BATCH_KEYS, stage_program
+from elastic_jax.train.programs import batch_keys, needs_parent, stage_program
 from elastic_jax.train.progress import RunProgress
 from elastic_jax.train.reporting import StepReport
 from elastic_jax.train.setup import Plan, hand_archs
 from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
+from elastic_jax.train.teacher_cache import open_cache, parameters_hash
 
 
 @dataclasses.dataclass
@@ -115,7 +116,11 @@ def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
 def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snapshot:
     """The start of a new run: random parameters for the pretrain stage, or an existing parent, ordered."""
     first = plan.stages[0]
-    params = store.initial_params()
+    params = initial_params(plan, store.place)
+    if plan.config.teacher == 'cached':
+        store.parent_hash = parameters_hash(params)
+        for stage in plan.stages:
+            open_cache(plan, stage, store.parent_hash)  # what is missing is said before anything is computed
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     mesh = ' × '.join(f'{name}={size}' for name, size in store.place.mesh.shape.items() if size > 1) or '1'
     say(f'parent {plan.parent.pattern}: {parameters:,} parameters on {mesh} {jax.default_backend()} device(s)')
@@ -228,6 +233,8 @@ def _run_stage(run: Run, stage: Stage) -> None:
         context=stage.context,
         seed=config.seed + stage.start,
         rows=run.place.rows(stage.batch_size),
+        beside=open_cache(plan, stage, run.store.parent_hash).rows if config.teacher == 'cached' else None,
+        end=stage.steps,
     )
     if run.at.data is not None:
         batches.set_state(run.at.data)
@@ -288,11 +295,12 @@ def _step_function(run: Run, stage: Stage) -> Step:
     plan, seed = run.plan, run.plan.config.seed
     place = dataclasses.replace(run.place, parent=run.at.parent)
     program = partial(stage_program, plan, stage, run.at.archs, place)
-    put = lambda batch: place.put_batch({key: batch[key] for key in BATCH_KEYS}, stage.batch_size)
+    keys = batch_keys(plan, stage)
+    put = lambda batch: place.put_batch({key: batch[key] for key in keys}, stage.batch_size)
     if stage.kind == 'pretrain':
         pretrain = program().fn
         return lambda state, batch, n: pretrain(state, put(batch))
-    teacher = _teacher(run) if plan.config.teacher == 'frozen' or stage.kind == 'search' else {}
+    teacher = _teacher(run) if needs_parent(plan, stage) else {}
     if stage.kind == 'search':
         search = program().fn
 

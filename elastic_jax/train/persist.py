@@ -54,6 +54,20 @@ class Snapshot:
     metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
+def initial_params(plan: Plan, place: Placement) -> Any:
+    """The parent's parameters: from `config.parent.checkpoint`, else random."""
+    checkpoint, parent, layout = plan.config.parent.checkpoint, plan.parent, plan.layout
+    if not checkpoint:
+        return place.make(lambda key: init_params(key, parent, layout), jax.random.key(plan.config.seed))
+    stored_layout = read_manifest(checkpoint).layout
+    as_stored = Placement(place.mesh, parent, stored_layout)
+    shardings = as_stored.shardings(abstract_params(parent, stored_layout))
+    params = restore_slice(checkpoint, parent, shardings, jnp.float32)  # imports may be bfloat16
+    if stored_layout == layout:
+        return params
+    return place.make(lambda p: relayout(p, parent, stored_layout, layout), params)
+
+
 class Store:
     """Saves and restores snapshots in a workdir."""
 
@@ -61,6 +75,7 @@ class Store:
         self.plan, self.workdir, self.place = plan, workdir, place
         self.manager = CheckpointManager(workdir, keep=plan.config.checkpoint.keep)
         self.last: int | None = None
+        self.parent_hash = ''  # of the teacher whose logits are cached
 
     def latest(self) -> int | None:
         return self.manager.latest()
@@ -73,19 +88,6 @@ class Store:
 
     def close(self) -> None:
         self.manager.close()
-
-    def initial_params(self) -> Any:
-        """The parent's parameters: from `config.parent.checkpoint`, else random."""
-        checkpoint, parent, layout = self.plan.config.parent.checkpoint, self.plan.parent, self.plan.layout
-        if not checkpoint:
-            return self.place.make(lambda key: init_params(key, parent, layout), jax.random.key(self.plan.config.seed))
-        stored_layout = read_manifest(checkpoint).layout
-        as_stored = Placement(self.place.mesh, parent, stored_layout)
-        shardings = as_stored.shardings(abstract_params(parent, stored_layout))
-        params = restore_slice(checkpoint, parent, shardings, jnp.float32)  # imports may be bfloat16
-        if stored_layout == layout:
-            return params
-        return self.place.make(lambda p: relayout(p, parent, stored_layout, layout), params)
 
     def save(self, at: Snapshot) -> None:
         """Saves in the background; a step that is there already is left as it is."""
@@ -135,7 +137,12 @@ class Store:
             data_fingerprint=(at.data or {}).get('fingerprint', ''),
             ordering_hash=ordering_hash(at.ordering),
             experiment=plan.config.name,
-            extra={'targets': plan.targets, 'metric': plan.config.metric, 'teacher': plan.config.teacher},
+            extra={
+                'targets': plan.targets,
+                'metric': plan.config.metric,
+                'teacher': plan.config.teacher,
+                'parent_hash': self.parent_hash,
+            },
         )
 
     def _hf_config(self) -> dict[str, Any] | None:
@@ -188,7 +195,7 @@ class Store:
             router_opt_state=opt_state['router'],
             **opt_state['counters'],
         )
-        self.last = step
+        self.last, self.parent_hash = step, manifest.extra.get('parent_hash', '')
         ordering = jax.tree.map(np.asarray, items['ordering'])
         archs = {name: budget.arch for name, budget in manifest.budgets.items()}
         metrics = {name: dict(budget.metrics) for name, budget in manifest.budgets.items()}

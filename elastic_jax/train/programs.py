@@ -30,6 +30,21 @@ BATCH_KEYS = {
 }
 
 
+def batch_keys(plan: Plan, stage: Stage) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """What of a batch a stage's step takes: name -> (dtype, dimensions after [B, T])."""
+    keys: dict[str, tuple[Any, tuple[int, ...]]] = {key: (dtype, ()) for key, dtype in BATCH_KEYS.items()}
+    if plan.config.teacher == 'cached' and stage.kind != 'pretrain':
+        k = plan.config.teacher_cache.k
+        keys |= {'teacher_ids': (jnp.int32, (k,)), 'teacher_log_p': (jnp.float16, (k + 1,))}
+    return keys
+
+
+def needs_parent(plan: Plan, stage: Stage) -> bool:
+    """Whether a stage computes with the frozen parent."""
+    teacher = plan.config.teacher
+    return (stage.kind == 'elastic' and teacher == 'frozen') or (stage.kind == 'search' and teacher != 'cached')
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """`fn(state, batch)` of a pretrain stage; `fn(state, teacher, batch)` of an elastic one; of a search also the indices of
@@ -49,20 +64,20 @@ def stage_program(
     """
     parent, optimizer = place.parent, plan.optimizer(stage)
     config = plan.step_config(stage, place.mesh if place.distributed else None)
-    state, batch = abstract_state(plan, stage, place), abstract_batch(stage, place)
+    state, batch = abstract_state(plan, stage, place), abstract_batch(plan, stage, place)
     if stage.kind == 'pretrain':
         fn = make_pretrain_step(parent, optimizer, config, stage.config.balance_rate, stage.config.balance_loss)
         return Program(fn, (state, batch))
     drawn = draw_budgets(stage, plan.budgets, 0, plan.config.seed) if drawn is None else drawn
+    teacher = abstract_teacher(plan, place) if needs_parent(plan, stage) else {}
     if stage.kind == 'search':
         fn = make_search_step(parent, plan.search_config(stage), optimizer, plan.router_optimizer(), config)
         whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place.whole)
         drawn_K, noise_2 = whole((len(drawn),), jnp.int32), whole((2,), jnp.uint32)
-        return Program(fn, (state, abstract_teacher(plan, place), batch, drawn_K, noise_2))
+        return Program(fn, (state, teacher, batch, drawn_K, noise_2))
     budgets = [(plan.budgets[i], archs[plan.budgets[i]]) for i in drawn]
     weights = loss_weights(stage, plan.budgets, drawn)
     fn = make_elastic_step(parent, budgets, weights, optimizer, config, plan.config.teacher)
-    teacher = abstract_teacher(plan, place) if plan.config.teacher == 'frozen' else {}
     return Program(fn, (state, teacher, batch))
 
 
@@ -84,6 +99,7 @@ def abstract_teacher(plan: Plan, place: Placement) -> Any:
     return place.abstract(abstract_params(plan.parent, plan.layout, jnp.dtype(plan.config.dtype)))
 
 
-def abstract_batch(stage: Stage, place: Placement) -> dict[str, Any]:
+def abstract_batch(plan: Plan, stage: Stage, place: Placement) -> dict[str, Any]:
     shape, sharding = (stage.batch_size, stage.context), place.batch_sharding
-    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for key, dtype in BATCH_KEYS.items()}
+    describe = lambda dtype, more: jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=sharding)
+    return {key: describe(dtype, more) for key, (dtype, more) in batch_keys(plan, stage).items()}

@@ -27,6 +27,8 @@ from elastic_jax.train.curriculum import Stage, check_draws, make_stages
 from elastic_jax.train.state import make_optimizer
 from elastic_jax.train.step import SearchConfig, StepConfig
 
+TEACHERS = ('frozen', 'cached', 'self', 'none')
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -116,8 +118,10 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     layout = Layout(**config.layout.to_dict())
     parent = attempt(build_arch if elsewhere and config.arch.pattern else _parent, config)
     tokenizer = None if elsewhere else attempt(load_tokenizer, config.data.tokenizer)
-    if config.teacher not in ('frozen', 'self', 'none'):
-        problems.append(unknown_name('teacher', config.teacher, ['frozen', 'self', 'none']))
+    if config.teacher not in TEACHERS:
+        problems.append(unknown_name('teacher', config.teacher, list(TEACHERS)))
+    if config.teacher == 'cached':
+        problems += _cache_problems(config, parent)
     if config.calibrate.order not in ('importance', 'random'):
         problems.append(unknown_name('calibrate.order', config.calibrate.order, ['importance', 'random']))
     grid, targets, by_hand, measure = (), {}, {}, None
@@ -155,6 +159,19 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     if problems:
         raise UserError('; '.join(problems))
     return Plan(config, parent, layout, grid, targets, by_hand, measure, stages, tokenizer)
+
+
+def _cache_problems(config: ConfigDict, parent: Arch | None) -> list[str]:
+    own, problems = config.teacher_cache, []
+    if not config.parent.checkpoint:
+        problems.append(
+            "config.teacher='cached' needs config.parent.checkpoint: train the parent alone first, then cache its logits"
+        )
+    if not own.path:
+        problems.append('config.teacher_cache.path is empty; give the folder that elastic cache-teacher writes to')
+    if parent is not None and not 1 <= own.k <= parent.vocab:
+        problems.append(f"config.teacher_cache.k={own.k} is not between 1 and the parent's vocabulary of {parent.vocab}")
+    return problems
 
 
 def _parent(config: ConfigDict) -> Arch:

@@ -15,7 +15,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.collectives import WHOLE, Shards, total
 from elastic_jax.model.context import Context, context_for
-from elastic_jax.model.losses import cross_entropy_losses, kl_losses
+from elastic_jax.model.losses import cross_entropy_losses, kl_losses, top_k_kl_losses
 from elastic_jax.nest.budgets import Grid, Metric
 from elastic_jax.nest.masks import mask_params, softs
 from elastic_jax.nest.router import Anneal, budget_loss, gumbel_softmax, router_logits, soft_masks
@@ -62,7 +62,8 @@ class StepConfig:
         return jax.lax.with_sharding_constraint(state, tree_shardings(state, self.specs(parent), self.mesh))
 
 
-def _context(batch: Batch, arch: Arch, config: StepConfig) -> Context:
+def step_context(batch: Batch, arch: Arch, config: StepConfig) -> Context:
+    """What the blocks of a step share."""
     return context_for(
         batch['tokens'],
         batch['segment_ids'],
@@ -77,7 +78,7 @@ def pretrain_loss(arch: Arch, config: StepConfig, auxiliary_weight: float = 0.0)
     """Cross-entropy of the parent, plus the experts' auxiliary load-balancing loss."""
 
     def loss_fn(params: Any, fixed: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
-        context = _context(batch, arch, config)
+        context = step_context(batch, arch, config)
         heads, [aux] = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
         vocab_axes = context.shards.of('vocab')
         loss = cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], count, config.chunk, vocab_axes)[0]
@@ -102,17 +103,18 @@ def elastic_loss(
 ) -> Loss:
     """Weighted sum of the budgets' losses, each on its static slice, all in lockstep.
 
-    `teacher`: 'frozen' distils from the frozen parent's logits (the fixed parameters); 'self' from the full budget's, which
+    `teacher`: 'frozen' distils from the frozen parent's logits (the fixed parameters); 'cached' from its top k, which the batch
+    carries; 'self' from the full budget's, which
     itself learns by cross-entropy (the full budget must come first); 'none' trains every budget by cross-entropy.
     """
     names, archs = zip(*budgets, strict=True)
 
     def loss_fn(params: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
-        context = _context(batch, parent, config)
+        context = step_context(batch, parent, config)
         heads, auxes = lockstep(params, batch['tokens'], parent, archs, context, config.stack(parent))
         shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
-        if teacher == 'frozen':
-            losses = kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared)
+        if teacher in ('frozen', 'cached'):
+            losses = distillation(heads, teacher_params, batch, count, parent, context, config)
         elif teacher == 'self' and len(heads) > 1:
             small = kl_losses(heads[1:], heads[0], *shared)
             losses = jnp.concatenate([cross_entropy_losses(heads[:1], batch['targets'], *shared), small])
@@ -124,6 +126,16 @@ def elastic_loss(
         return losses @ jnp.asarray(weights, jnp.float32), metrics
 
     return loss_fn
+
+
+def distillation(
+    heads: Sequence[Any], teacher_params: Any, batch: Batch, count: jax.Array, parent: Arch, context: Context, config: StepConfig
+) -> jax.Array:
+    """KL of each head from the frozen parent [N]: from its cached top k where the batch carries them, else computed here."""
+    shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
+    if 'teacher_ids' in batch:
+        return top_k_kl_losses(heads, batch['teacher_ids'], batch['teacher_log_p'], *shared)
+    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared)
 
 
 def teacher_head(params: Any, batch: Batch, parent: Arch, context: Context, config: StepConfig) -> tuple[jax.Array, jax.Array]:
@@ -149,11 +161,10 @@ def masked_loss(parent: Arch, config: StepConfig) -> Loss:
     """Distillation of parents under soft masks: learned are (masked parameters, Softs by block) of each."""
 
     def loss_fn(learned: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
-        context, stack, heads = _context(batch, parent, config), config.stack(parent), []
+        context, stack, heads = step_context(batch, parent, config), config.stack(parent), []
         for masked, soft in learned:
             heads += lockstep(masked, batch['tokens'], parent, [parent], context, stack, [soft])[0]
-        target = teacher_head(teacher_params, batch, parent, context, config)
-        losses_K = kl_losses(heads, target, batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
+        losses_K = distillation(heads, teacher_params, batch, count, parent, context, config)
         return losses_K.sum(), {'loss/drawn': losses_K}
 
     return loss_fn

@@ -15,19 +15,6 @@ from elastic_jax.train.setup import make_plan
 from tests.train.tiny_experiment import get_config
 
 
-@pytest.fixture(scope='module')
-def parent(tmp_path_factory):
-    """The workdir of a parent pretrained alone, for three steps."""
-    config = get_config('by_hand')
-    config.arch.pattern, config.curriculum, config.stages.pretrain.steps = '*-', ('pretrain',), 3
-    config.budgets = {'full': 1.0}
-    config.widths = {}
-    config.eval.every = 0
-    workdir = tmp_path_factory.mktemp('parent')
-    train(config, workdir)
-    return workdir
-
-
 def control(folder, **changes):
     """Elastic training that leaves the weights as they begin: its rate is nothing."""
     config = get_config('by_hand')
