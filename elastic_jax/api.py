@@ -236,7 +236,8 @@ class Checkpoint:
 
         def lazy(group: str, name: str, param: Any) -> LazyLeaf:
             own = np.dtype(param_dtype(param, jnp.dtype(dtype))) if dtype else read.dtype(group, name)
-            return LazyLeaf(param.shape, own, lambda: read(group, name).astype(own))
+            first = next((dim for dim, size in enumerate(param.shape) if size > 1), 0)
+            return LazyLeaf(param.shape, own, lambda index: read(group, name, index, own), first)
 
         table = param_table(arch, self.layout)
         params: dict[str, dict[str, Any]] = map_table(lambda _: None, table)

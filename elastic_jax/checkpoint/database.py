@@ -10,6 +10,8 @@ from etils import epath
 # Decoded index nodes that are kept in memory; chunks of arrays are not kept.
 INDEX_CACHE = 1 << 27
 INDEX_NODE = 1 << 16
+# Chunks that lie side by side in a file are read together, up to so many bytes; nothing between them is.
+COALESCING = {'experimental_read_coalescing_threshold_bytes': 1, 'experimental_read_coalescing_merged_bytes': 1 << 20}
 
 
 class Database:
@@ -26,7 +28,7 @@ class Database:
         # Orbax writes index nodes of up to 100 MB, and finding a chunk takes time in proportion to its node: reading many
         # chunks would take quadratic time. So the index, about 0.5 % of the data, is copied into small nodes in memory.
         base = {'driver': 'kvstack', 'layers': [{'base': url}, {'prefix': 'index/', 'base': 'memory://nodes/'}]}
-        stored = {'driver': 'ocdbt', 'base': base, 'cache_pool': index}
+        stored = {'driver': 'ocdbt', 'base': base, 'cache_pool': index, **COALESCING}
         prefixes = ('btree_node_data_prefix', 'version_tree_node_data_prefix', 'value_data_prefix')
         self.copied = {
             **stored,

@@ -67,6 +67,10 @@ class LeafReader:
     def _damaged(self, group: str, name: str, error: Exception) -> UserError:
         return UserError(f'{self.where}: {group}/{name} is missing or damaged ({_first_line(error)}); use another checkpoint')
 
+    def edge(self, group: str, name: str, axis: int) -> int:
+        """How long the chunks of a parameter are along an axis: parts that are cut between them read nothing twice."""
+        return self.stored[group, name].chunk_layout.read_chunk.shape[axis]
+
     def dtype(self, group: str, name: str) -> np.dtype:
         """The dtype that a parameter is stored in."""
         return np.dtype(self.stored[group, name].dtype.numpy_dtype)

@@ -10,14 +10,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from elastic_jax.checkpoint.chunks import params_save
+from elastic_jax.checkpoint.chunks import ARRAY_ITEMS, item_handlers, params_save
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.stored import read_manifest
 from elastic_jax.checkpoint.tree_reader import read_tree
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.parallel.processes import are_several
-
-ARRAY_ITEMS = ('params', 'opt_state', 'router', 'ordering')
 
 
 class CheckpointManager:
@@ -38,7 +36,7 @@ class CheckpointManager:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'{self.root} cannot be made ({error.strerror}); take a --workdir that can be written to') from error
-        self.manager = ocp.CheckpointManager(self.root, options=options)
+        self.manager = ocp.CheckpointManager(self.root, options=options, item_handlers=item_handlers())
 
     def save(
         self, step: int, *, params: Any, opt_state: Any, router: Any, ordering: Any, data: dict[str, Any], manifest: Manifest
@@ -98,7 +96,7 @@ class CheckpointManager:
         """Pins the frozen parent in `WORKDIR/parent`, where no keep-policy reaches it."""
         items = ocp.args.Composite(params=params_save(params, manifest), manifest=ocp.args.JsonSave(manifest.to_json()))
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
                 checkpointer.save(self.workdir / 'parent', args=items, force=True)
         except (OSError, ValueError) as error:
             raise self._save_failed(manifest.step, error) from error

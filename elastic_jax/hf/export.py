@@ -7,15 +7,17 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from elastic_jax.arch import Arch, MoE
+from elastic_jax.arch import Arch, Mixer, MoE
+from elastic_jax.checkpoint.lazy import Index, cuts
 from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError, WorkError
@@ -23,12 +25,16 @@ from elastic_jax.hf.card import model_card
 from elastic_jax.hf.families import family_for
 from elastic_jax.hf.folder import INDEX
 from elastic_jax.hf.name_map import (
+    BLOCK_BYTES,
     HFTensor,
+    Piece,
     as_rows,
-    copy_tiled,
+    cut_axis,
     expert_index,
     hf_tensors,
+    part_of,
     piece_axes,
+    row_major,
     tied_copy,
 )
 from elastic_jax.hf.safetensors import SafetensorsWriter
@@ -36,12 +42,22 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, Table, layer_name, param_table
 from elastic_jax.nest.relayout import rank_order
 
-LeafReader = Callable[[str, str], np.ndarray]
+LeafReader = Callable[[str, str, Index], np.ndarray]
+Edge = Callable[[str, str, int], int]
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
-WRITE_BYTES = 1 << 20  # stays in the cache between being gathered and written
-READ_AHEAD = 1 << 25  # elements: a larger leaf is only read when the one before is written
+PART_BYTES = 1 << 25  # of a leaf that is read at a time
+AHEAD = 2  # parts that are read before they are needed
 # Of a parent's config.json: code that must not run, how it was quantised, and where it came from.
 NOT_KEPT = ('auto_map', 'experts_implementation', 'quantization_config', '_name_or_path', 'torch_dtype', 'transformers_version')
+
+
+class _Part(NamedTuple):
+    """What an index cuts from a leaf: rows that follow each other in the tensor of `piece`, or one expert."""
+
+    piece: Piece
+    param: Param
+    mixer: Mixer | None
+    index: Index
 
 
 def export_folder(
@@ -49,6 +65,7 @@ def export_folder(
     arch: Arch,
     leaf_reader: LeafReader,
     *,
+    edge: Edge = lambda group, name, axis: 1,
     layout: Layout = FLAT,
     dtype: str = 'bfloat16',
     hf_config: Mapping[str, Any] | None = None,
@@ -62,7 +79,8 @@ def export_folder(
     Leaves that must be float32 stay so. Everything is written beside `out` and renamed at the end.
 
     Args:
-      arch: of the slice; its dropped blocks are left out. leaf_reader: (group, name) -> the slice's leaf in `layout`.
+      arch: of the slice; its dropped blocks are left out. leaf_reader: (group, name, index) -> the part of the slice's leaf in
+        `layout`. edge: (group, name, axis) -> of the chunks that it is stored in.
       hf_config: config.json of the imported parent; what the slice does not change is kept from it.
       eos_token_id: end of text, where there is no `hf_config` to name it.
       card: facts for the model card (see `card.model_card`).
@@ -81,7 +99,7 @@ def export_folder(
     partial = out.with_name(f'{out.name}.partial-{os.getpid()}')
     try:
         partial.mkdir(parents=True)
-        _write_tensors(partial, tensors, arch, leaf_reader, layout, DTYPES[dtype], max_shard_bytes)
+        _write_tensors(partial, tensors, arch, leaf_reader, edge, layout, DTYPES[dtype], max_shard_bytes)
         _write_json(partial / 'config.json', config)
         generation = {key: config.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
         _write_json(partial / 'generation_config.json', {key: value for key, value in generation.items() if value is not None})
@@ -130,6 +148,7 @@ def _write_tensors(
     tensors: list[HFTensor],
     arch: Arch,
     leaf_reader: LeafReader,
+    edge: Edge,
     layout: Layout,
     dtype: np.dtype,
     max_shard_bytes: int,
@@ -148,12 +167,12 @@ def _write_tensors(
     count = len(shards)
     names = ['model.safetensors'] if count == 1 else [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
     with ThreadPoolExecutor(1) as reading:
-        read = _read_ahead(leaf_reader, table, tensors, reading)
+        parts = _read_ahead([part for tensor in tensors for part in _parts(tensor, arch, table, edge)], leaf_reader, reading)
         for name, shard in zip(names, shards, strict=True):
             writer = SafetensorsWriter(folder / name, [(tensor.name, dtype, tensor.shape) for tensor, dtype in shard])
             for tensor, tensor_dtype in shard:
-                for rows in _rows(tensor, arch, table, read, tensor_dtype):
-                    writer.append(rows)
+                for _ in _parts(tensor, arch, table, edge):
+                    _append(writer, *next(parts), tensor_dtype)
             writer.close()
     if count > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
@@ -164,46 +183,48 @@ def _file_dtype(param: Param, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if param.float32 else dtype
 
 
-def _read_ahead(leaf_reader: LeafReader, table: Table, tensors: list[HFTensor], reading: ThreadPoolExecutor) -> LeafReader:
-    """The reader, holding the leaf it read last, as the tensors of its experts follow each other, and reading the next."""
-    pieces = [(piece.group, piece.leaf) for tensor in tensors for piece in tensor.pieces]
-    order = [leaf for i, leaf in enumerate(pieces) if i == 0 or leaf != pieces[i - 1]]
-    current: tuple[int, np.ndarray | None] = (-1, None)
-    ahead: Future[np.ndarray] | None = None
-
-    def load(group: str, name: str) -> np.ndarray:
-        leaf = np.asarray(leaf_reader(group, name))
-        if leaf.shape != table[group][name].shape:
-            raise UserError(f'{group}/{name} has shape {leaf.shape}, but the slice declares {table[group][name].shape}')
-        return leaf
-
-    def read(group: str, name: str) -> np.ndarray:
-        nonlocal current, ahead
-        at = current[0]
-        if at < 0 or order[at] != (group, name):
-            current = (at + 1, None)  # frees the last one
-            current = (at + 1, ahead.result() if ahead else load(group, name))
-            following = order[at + 2 : at + 3]
-            small = all(math.prod(table[group][name].shape) <= READ_AHEAD for group, name in following)
-            ahead = reading.submit(load, *following[0]) if following and small else None
-        return current[1]
-
-    return read
-
-
-def _rows(tensor: HFTensor, arch: Arch, table: Table, read: LeafReader, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensor's rows in order, a few megabytes at a time."""
+def _parts(tensor: HFTensor, arch: Arch, table: Table, edge: Edge) -> Iterator[_Part]:
+    """The parts of leaves whose rows are the tensor's, in order."""
     mixers = {layer_name(i): mixer for i, mixer in enumerate(arch.mixers)}
     for piece in tensor.pieces:
-        param, leaf, mixer = table[piece.group][piece.leaf], read(piece.group, piece.leaf), mixers.get(piece.group)
-        own = rank_order(leaf, param, mixer) if piece.expert is None else leaf[expert_index(param, mixer, piece.expert)]
-        source = as_rows(own, piece_axes(param, piece))
-        step = max(1, WRITE_BYTES // max(1, source[:1].size * dtype.itemsize))
-        for at in range(0, piece.rows, step):
-            part = source[at : at + step]
-            block = np.empty(part.shape, source.dtype)
-            copy_tiled(block, part)
-            yield block.astype(dtype, copy=False)
+        param, mixer = table[piece.group][piece.leaf], mixers.get(piece.group)
+        if piece.expert is None:
+            axis = cut_axis(param, mixer, per_expert=False)
+            unit_bytes = 4 * math.prod(param.shape) // param.shape[axis]
+            for index in cuts(param.shape, axis, edge(piece.group, piece.leaf, axis), unit_bytes, PART_BYTES):
+                yield _Part(piece, param, mixer, index)
+        else:
+            expert = (slice(at, at + 1) for at in expert_index(param, mixer, piece.expert))
+            yield _Part(piece, param, mixer, (*expert, *(slice(0, size) for size in param.shape[2:])))
+
+
+def _read_ahead(parts: list[_Part], leaf_reader: LeafReader, reading: ThreadPoolExecutor) -> Iterator[tuple[_Part, np.ndarray]]:
+    """The parts with what they hold; the next ones are read while one is written."""
+
+    def load(part: _Part) -> np.ndarray:
+        group, name, declared = part.piece.group, part.piece.leaf, part_of(part.param, part.index).shape
+        leaf = np.asarray(leaf_reader(group, name, part.index))
+        if leaf.shape != declared:
+            raise UserError(f'{group}/{name} has shape {leaf.shape}, but the slice declares {declared}')
+        return leaf
+
+    ahead: deque[tuple[_Part, Future[np.ndarray]]] = deque()
+    for part in parts:
+        ahead.append((part, reading.submit(load, part)))
+        if len(ahead) > AHEAD:
+            first, leaf = ahead.popleft()
+            yield first, leaf.result()
+    for first, leaf in ahead:
+        yield first, leaf.result()
+
+
+def _append(writer: SafetensorsWriter, part: _Part, leaf: np.ndarray, dtype: np.dtype) -> None:
+    """Writes the part's rows, about a megabyte at a time."""
+    own = rank_order(leaf, part_of(part.param, part.index), part.mixer) if part.piece.expert is None else leaf[0, 0]
+    rows = as_rows(own, piece_axes(part.param, part.piece))
+    step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
+    for at in range(0, len(rows), step):
+        writer.append(row_major(rows[at : at + step]).astype(dtype, copy=False))
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ def export_checkpoint(
         out,
         child,
         read,
+        edge=read.edge,
         layout=manifest.layout,
         dtype=dtype or str(read.dtype('embedding', 'table')),
         hf_config=config,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from elastic_jax.arch import Arch
-from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
+from elastic_jax.arch import Arch, Mixer
+from elastic_jax.checkpoint.lazy import Index, LazyLeaf, save_lazily
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.cost import cost_of
@@ -23,20 +23,21 @@ from elastic_jax.hf.families import arch_of, family_of
 from elastic_jax.hf.folder import ModelFolder
 from elastic_jax.hf.hub import resolve
 from elastic_jax.hf.name_map import (
+    BLOCK_BYTES,
     HFTensor,
     Piece,
     as_rows,
-    copy_tiled,
+    copy_rows,
+    cut_axis,
     expert_index,
     hf_tensors,
+    part_of,
     piece_axes,
     sources,
 )
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, layer_name, leaves, param_table
 from elastic_jax.nest.relayout import block_order, ranked_shape
-
-READ_BYTES = 1 << 20  # stays in the cache until it is copied to its place
 
 
 def import_params(folder: str | os.PathLike[str], layout: Layout = FLAT) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -51,7 +52,7 @@ def import_params(folder: str | os.PathLike[str], layout: Layout = FLAT) -> Iter
         tree = lazy_params(files, config, layout)
         for group, named in tree.items():
             for name, leaf in named.items():
-                yield group, name, leaf.load()
+                yield group, name, leaf.load(tuple(slice(0, size) for size in leaf.shape))
     finally:
         files.close()
 
@@ -113,6 +114,7 @@ def lazy_params(files: ModelFolder, config: Config, layout: Layout) -> dict[str,
     files.check(tensors, arch.tied)
     parts = sources(tensors)
     table = param_table(arch, layout)
+    mixers = {layer_name(i): mixer for i, mixer in enumerate(arch.mixers)}
     tree: dict[str, dict[str, LazyLeaf]] = {group: {} for group in table}
     for group, name, param in leaves(table):
         own = parts[group, name]
@@ -120,23 +122,37 @@ def lazy_params(files: ModelFolder, config: Config, layout: Layout) -> dict[str,
         if len(dtypes) > 1:
             raise UserError(f'{files.folder}: {own[0][0].name} and its like are of several dtypes; convert them to one')
         dtype = np.dtype(np.float32) if param.float32 else dtypes.pop()
-        tree[group][name] = LazyLeaf(param.shape, dtype, partial(_read_leaf, files, arch, group, param, own, dtype))
+        axis = cut_axis(param, mixers.get(group), own[0][1].expert is not None)
+        load = partial(_read_part, files, param, mixers.get(group), axis, own, dtype)
+        tree[group][name] = LazyLeaf(param.shape, dtype, load, axis)
     return tree
 
 
-def _read_leaf(
-    files: ModelFolder, arch: Arch, group: str, param: Param, parts: list[tuple[HFTensor, Piece]], dtype: np.dtype
+def _read_part(
+    files: ModelFolder,
+    param: Param,
+    mixer: Mixer | None,
+    axis: int,
+    sources: list[tuple[HFTensor, Piece]],
+    dtype: np.dtype,
+    index: Index,
 ) -> np.ndarray:
-    mixer = {layer_name(i): mixer for i, mixer in enumerate(arch.mixers)}.get(group)
-    per_expert = parts[0][1].expert is not None
-    leaf = np.empty(param.shape if per_expert else ranked_shape(param), dtype)
-    for tensor, piece in parts:
-        target = leaf[expert_index(param, mixer, piece.expert)] if per_expert else leaf
+    """The part of a leaf that `index` cuts along `axis`."""
+    part, cut = part_of(param, index), index[axis]
+    per_expert = sources[0][1].expert is not None
+    leaf = np.empty(part.shape if per_expert else ranked_shape(part), dtype)
+    for tensor, piece in sources:
+        unit = piece.rows // param.shape[axis]
+        target, first, count = leaf, unit * cut.start, unit * part.shape[axis]
+        if per_expert:
+            block, inner = expert_index(param, mixer, piece.expert)
+            if not cut.start <= inner < cut.stop:
+                continue
+            target, first, count = leaf[block, inner - cut.start], 0, piece.rows
         rows = as_rows(target, piece_axes(param, piece))
-        row_bytes = max(1, rows[:1].size) * dtype.itemsize
-        step = max(1, READ_BYTES // row_bytes)
-        for at in range(0, piece.rows, step):
-            stop = min(piece.rows, at + step)
-            block = files.read(tensor.name, piece.start + at, piece.start + stop)
-            copy_tiled(rows[at:stop], block.reshape(rows[at:stop].shape))
-    return leaf if per_expert else block_order(leaf, param, mixer)
+        step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
+        for at in range(0, count, step):
+            stop = min(count, at + step)
+            read = files.read(tensor.name, piece.start + first + at, piece.start + first + stop)
+            copy_rows(rows[at:stop], read.reshape(rows[at:stop].shape))
+    return leaf if per_expert else block_order(leaf, part, mixer)

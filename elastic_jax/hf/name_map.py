@@ -10,14 +10,17 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from elastic_jax.arch import Arch, Mixer, MoE
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
 from elastic_jax.model.params import Param, Table, layer_name, leaves, param_table
+from elastic_jax.nest.relayout import is_routed
 
-TILE = 256
+PLAIN = {2: np.uint16, 4: np.uint32}
+BLOCK_BYTES = 1 << 20  # of what is transposed at a time: it stays in the cache until it is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +149,33 @@ def piece_axes(param: Param, piece: Piece) -> tuple[str, ...]:
     return tuple(axis for axis in axes if not axis.endswith('_blocks'))
 
 
-def copy_tiled(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source for arrays of which one may be transposed: in tiles that stay in the cache, as plain integers."""
-    if target.dtype == source.dtype and target.dtype.itemsize == 2:
-        target, source = target.view(np.uint16), source.view(np.uint16)
-    if target.ndim == 1:
-        target[...] = source
-        return
-    for i in range(0, target.shape[0], TILE):
-        for j in range(0, target.shape[1], TILE):
-            target[i : i + TILE, j : j + TILE] = source[i : i + TILE, j : j + TILE]
+def cut_axis(param: Param, mixer: Mixer | None, per_expert: bool) -> int:
+    """The axis of a leaf along which parts of it are experts, or rows, that follow each other in the Hugging Face tensors."""
+    if per_expert:
+        return 1
+    if _is_transposed(param.axes) and param.axes[-1] == 'embed':
+        return len(param.axes) - 1
+    first = 1 if _is_transposed(param.axes) else 0
+    # Ranks go round the blocks, so those of a part lie inside it; with routing groups they follow the blocks.
+    return first + (param.axes[first].endswith('_blocks') and not is_routed(param, first, mixer))
+
+
+def part_of(param: Param, index: tuple[slice, ...]) -> Param:
+    """The description of a part of a leaf."""
+    return dataclasses.replace(param, shape=tuple(cut.stop - cut.start for cut in index))
+
+
+def copy_rows(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source for matrices of which one may be a transposed view, about a megabyte at a time."""
+    if target.ndim == 2 and source.flags.c_contiguous:
+        target, source = target.T, source.T
+    target[...] = row_major(source)
+
+
+def row_major(matrix: np.ndarray) -> np.ndarray:
+    """The matrix in row order, a copy if it is a transposed view. XLA transposes three times as fast as numpy."""
+    if matrix.ndim != 2 or matrix.flags.c_contiguous or matrix.dtype.itemsize not in PLAIN:
+        return np.ascontiguousarray(matrix)
+    plain = PLAIN[matrix.dtype.itemsize]  # the bits as they are
+    copy = np.asarray(jax.device_put(matrix.view(plain), jax.local_devices(backend='cpu')[0]))
+    return copy.view(matrix.dtype)

@@ -20,7 +20,7 @@ def rank_order(leaf: Any, param: Param, mixer: Mixer | None) -> Any:
     at = _blocked_axis(param)
     if at is None:
         return leaf
-    return leaf.reshape(ranked_shape(param)) if _routed(param, at, mixer) else to_ranked(leaf, at)
+    return leaf.reshape(ranked_shape(param)) if is_routed(param, at, mixer) else to_ranked(leaf, at)
 
 
 def block_order(leaf: Any, param: Param, mixer: Mixer | None) -> Any:
@@ -28,7 +28,7 @@ def block_order(leaf: Any, param: Param, mixer: Mixer | None) -> Any:
     at = _blocked_axis(param)
     if at is None:
         return leaf
-    return leaf.reshape(param.shape) if _routed(param, at, mixer) else to_blocked(leaf, param.shape[at], at)
+    return leaf.reshape(param.shape) if is_routed(param, at, mixer) else to_blocked(leaf, param.shape[at], at)
 
 
 def relayout(params: dict[str, Any], arch: Arch, old: Layout, new: Layout) -> dict[str, Any]:
@@ -47,5 +47,6 @@ def _blocked_axis(param: Param) -> int | None:
     return next((at for at, axis in enumerate(param.axes) if axis.endswith('_blocks')), None)
 
 
-def _routed(param: Param, at: int, mixer: Mixer | None) -> bool:
+def is_routed(param: Param, at: int, mixer: Mixer | None) -> bool:
+    """Whether the dimension `at` is that of routing groups, whose experts stay together in rank order."""
     return param.axes[at] == 'experts_blocks' and isinstance(mixer, MoE) and mixer.groups > 1

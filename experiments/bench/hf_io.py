@@ -50,8 +50,8 @@ def model_of(gigabytes: float) -> Arch:
 
 def make(folder: Path, gigabytes: float) -> None:
     noise, arch = np.random.default_rng(0), model_of(gigabytes)
-    table = param_table(arch)
-    random = lambda group, name: noise.standard_normal(table[group][name].shape, np.float32).astype(ml_dtypes.bfloat16)
+    shape = lambda index: [cut.stop - cut.start for cut in index]
+    random = lambda group, name, index: noise.standard_normal(shape(index), np.float32).astype(ml_dtypes.bfloat16)
     export_folder(folder / 'model', arch, random, dtype='bfloat16')
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 
 from elastic_jax.api import open_checkpoint
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE
-from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
+from elastic_jax.checkpoint.lazy import Index, LazyLeaf, save_lazily
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.cost import cost_of
 from elastic_jax.layout import Layout
@@ -73,8 +74,12 @@ def make_checkpoint(workdir: Path, gigabytes: float, dtype: np.dtype) -> float:
 
     def leaf(param: Any) -> LazyLeaf:
         own = np.dtype(np.float32) if param.float32 else dtype
-        size = int(np.prod(param.shape)) * own.itemsize
-        return LazyLeaf(param.shape, own, lambda: np.frombuffer(rng.bytes(size), own).reshape(param.shape))
+
+        def random(index: Index) -> np.ndarray:
+            shape = [cut.stop - cut.start for cut in index]
+            return np.frombuffer(rng.bytes(math.prod(shape) * own.itemsize), own).reshape(shape)
+
+        return LazyLeaf(param.shape, own, random, next((dim for dim, size in enumerate(param.shape) if size > 1), 0))
 
     manifest = Manifest(
         arch=arch, layout=LAYOUT, budgets={'full': Budget(arch, cost_of(arch).to_json())}, step=0, stage='done', stage_step=0,

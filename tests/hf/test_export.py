@@ -46,7 +46,7 @@ SLICES = {
 
 
 def export(out: Path, params: dict, arch: Arch, **kwargs) -> Path:
-    return export_folder(out, arch, lambda group, name: np.asarray(params[group][name]), **kwargs)
+    return export_folder(out, arch, lambda group, name, index: np.asarray(params[group][name])[index], **kwargs)
 
 
 def random_params(arch: Arch, layout: Layout = FLAT) -> dict:
@@ -213,10 +213,10 @@ def test_export_never_overwrites_and_leaves_nothing_half_written(tmp_path):
         export(out, params, LLAMA)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def full_disk(group: str, name: str) -> np.ndarray:
+    def full_disk(group: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name == 'down':
             raise OSError(28, 'No space left on device')
-        return params[group][name]
+        return params[group][name][index]
 
     with pytest.raises(WorkError, match='no space is left'):
         export_folder(tmp_path / 'second', LLAMA, full_disk)

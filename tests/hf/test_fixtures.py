@@ -24,7 +24,7 @@ def test_committed_model_gives_the_committed_logits(family):
 def test_export_writes_the_tensors_that_transformers_wrote(family, tmp_path):
     folder, params = FIXTURES / family, load_params(FIXTURES / family)
     config = json.loads((folder / 'config.json').read_text())
-    read = lambda group, name: params[group][name]
+    read = lambda group, name, index: params[group][name][index]
     out = export_folder(tmp_path / 'out', read_arch(folder), read, dtype='float32', hf_config=config)
     theirs, ours = SafetensorsFile(folder / 'model.safetensors'), SafetensorsFile(out / 'model.safetensors')
     assert theirs.tensors.keys() == ours.tensors.keys()
