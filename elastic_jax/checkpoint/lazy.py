@@ -19,7 +19,7 @@ from elastic_jax.checkpoint.chunks import item_handlers, params_save
 from elastic_jax.checkpoint.database import INDEX_NODE
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.memory import FreedMemory
-from elastic_jax.errors import WorkError
+from elastic_jax.errors import WorkError, reason
 
 Index = tuple[slice, ...]
 
@@ -132,8 +132,7 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> Non
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers(trees))) as checkpointer:
             checkpointer.save(root / '0', args=items)
     except (OSError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise WorkError(f'writing {root} failed ({line}); free some space or take another --checkpoint') from error
+        raise WorkError(f'writing {root} failed ({reason(error)}); free some space or take another --checkpoint') from error
     finally:
         arrays.stop()  # another item's failure does not stop it
         if root.exists() and not (root / '0').exists():

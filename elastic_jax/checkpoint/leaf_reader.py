@@ -12,7 +12,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.database import Database
 from elastic_jax.checkpoint.memory import FreedMemory
 from elastic_jax.checkpoint.stored import read_manifest, step_directory
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, reason
 from elastic_jax.model.params import leaves, param_table
 
 
@@ -34,7 +34,7 @@ class LeafReader:
         try:
             database = Database(self.where)
         except (ValueError, OSError) as error:
-            raise UserError(f'{self.where} cannot be read ({_first_line(error)}); use another checkpoint') from error
+            raise UserError(f'{self.where} cannot be read ({reason(error)}); use another checkpoint') from error
         opening = {(group, name): database.open(f'{group}.{name}') for group, name, _ in leaves(self.table)}
         self.stored: dict[tuple[str, str], Any] = {}
         for (group, name), future in opening.items():
@@ -65,7 +65,7 @@ class LeafReader:
         return read
 
     def _damaged(self, group: str, name: str, error: Exception) -> UserError:
-        return UserError(f'{self.where}: {group}/{name} is missing or damaged ({_first_line(error)}); use another checkpoint')
+        return UserError(f'{self.where}: {group}/{name} is missing or damaged ({reason(error)}); use another checkpoint')
 
     def edge(self, group: str, name: str, axis: int) -> int:
         """How long the chunks of a parameter are along an axis: parts that are cut between them read nothing twice."""
@@ -74,7 +74,3 @@ class LeafReader:
     def dtype(self, group: str, name: str) -> np.dtype:
         """The dtype that a parameter is stored in."""
         return np.dtype(self.stored[group, name].dtype.numpy_dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

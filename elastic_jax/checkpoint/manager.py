@@ -14,7 +14,7 @@ from elastic_jax.checkpoint.chunks import ARRAY_ITEMS, item_handlers, params_sav
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.stored import read_manifest
 from elastic_jax.checkpoint.tree_reader import read_tree
-from elastic_jax.errors import UserError, WorkError
+from elastic_jax.errors import UserError, WorkError, reason
 from elastic_jax.parallel.processes import are_several
 
 
@@ -57,9 +57,10 @@ class CheckpointManager:
     def _save_failed(self, step: int, error: BaseException) -> WorkError:
         good = self.latest()
         kept = 'there is no earlier checkpoint' if good is None else f'the checkpoint of step {good} is intact'
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         what = f'step {step}' if step >= 0 else 'a checkpoint'
-        return WorkError(f'saving {what} in {self.root} failed ({reason}); {kept}: free some space or mend the disk, then rerun')
+        return WorkError(
+            f'saving {what} in {self.root} failed ({reason(error)}); {kept}: free some space or mend the disk, then rerun'
+        )
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, newest first."""

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from elastic_jax.checkpoint.database import Database
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, reason
 
 
 def read_tree(directory: epath.Path, abstract: Any = None) -> Any:
@@ -59,8 +59,7 @@ def read_sharded(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: 
 
 
 def _damaged(directory: epath.Path, error: Exception) -> UserError:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return UserError(f'{directory} is damaged or does not fit ({line}); use another checkpoint')
+    return UserError(f'{directory} is damaged or does not fit ({reason(error)}); use another checkpoint')
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -1,4 +1,13 @@
-"""The model families that can be imported and exported."""
+"""The model families that can be imported and exported.
+
+Not among them is granitemoehybrid, though every block of it has a mixer here:
+
+- It multiplies embeddings, residuals, attention scores and logits by factors of its own. Those would be fields of the Arch that
+  the decoder, the training step over a mesh and generation each apply; folded into the weights they would round a bfloat16
+  parent, and what is exported would not be what was imported.
+- Its experts come packed in one tensor per block, where the name map has a matrix per expert.
+- transformers wants all heads of its Mamba together to be a whole multiple of the embedding, so few slices could go back.
+"""
 
 from __future__ import annotations
 

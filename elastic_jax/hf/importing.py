@@ -17,7 +17,7 @@ from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.cost import cost_of
 from elastic_jax.data.tokenizers import TOKENIZER_FILES, ByteTokenizer
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, WorkError, reason
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of, family_of
 from elastic_jax.hf.folder import ModelFolder
@@ -72,11 +72,11 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     folder = resolve(dir_or_id)
     config = Config.read(folder)
     arch = arch_of(config)
-    files = ModelFolder(folder)
+    files, new = ModelFolder(folder), not workdir.exists()
     try:
         tree = lazy_params(files, config, FLAT)
-        tokenizer = _keep_tokenizer(folder, workdir / 'tokenizer')
         largest = max((leaf for named in tree.values() for leaf in named.values()), key=lambda leaf: leaf.nbytes)
+        tokenizer = _keep_tokenizer(folder, workdir / 'tokenizer')
         manifest = Manifest(
             arch=arch,
             layout=FLAT,
@@ -93,6 +93,13 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
             experiment='import',
         )
         save_lazily(workdir, tree, manifest)
+    except BaseException as error:
+        if not (workdir / 'checkpoints' / '0').exists():
+            (workdir if new else workdir / 'tokenizer').rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            message = f'writing {workdir} failed ({reason(error)}); free some space or take another --checkpoint'
+            raise WorkError(message) from error
+        raise
     finally:
         files.close()
     return arch

@@ -34,7 +34,10 @@ def imported(tmp_path_factory) -> tuple[Path, Path]:
     make_model('nemotron_h', folder)
     (folder / 'tokenizer.json').write_text('{"model": {}}')
     (folder / 'generation_config.json').write_text('{"temperature": 0.6}')
-    import_checkpoint(folder, workdir)
+    with pytest.MonkeyPatch.context() as patch:  # leaves are read and written in several parts, which wait for each other
+        patch.setattr('elastic_jax.checkpoint.lazy.PART', 1000)
+        patch.setattr('elastic_jax.checkpoint.lazy.IN_FLIGHT', 2000)
+        import_checkpoint(folder, workdir)
     return folder, workdir
 
 
@@ -107,7 +110,7 @@ def test_failing_writes_leave_nothing_that_looks_whole(what, imported, tmp_path)
     command = [sys.executable, '-c', FULL_DISK, what, str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and 'failed' in done.stdout, done.stderr[-2000:]
-    assert not list(tmp_path.glob('*partial*')) and not (out / 'checkpoints').exists() and not (out / 'config.json').exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_neither_folder_nor_reachable_id_is_refused(tmp_path, monkeypatch):
