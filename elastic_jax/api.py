@@ -36,6 +36,7 @@ from elastic_jax.errors import UserError
 from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human
+from elastic_jax.evaluate.tasks import read_task, run_task
 from elastic_jax.hf.from_checkpoint import export_checkpoint
 from elastic_jax.infer.generate import GREEDY, generate, stream
 from elastic_jax.infer.resident import Resident, Weights, weights_of
@@ -207,15 +208,23 @@ class Checkpoint:
         return Model(arch, self.layout, params, self.tokenizer, jnp.float32 if dtype is None else jnp.dtype(dtype))
 
     def load_sizes(
-        self, budgets: Sequence[str] | None = None, *, limit_bytes: int | None = None, mesh: Mesh | None = None, dtype: Any = None
+        self,
+        budgets: Sequence[str] | None = None,
+        *,
+        widths: Sequence[Mapping[str, int]] = (),
+        limit_bytes: int | None = None,
+        mesh: Mesh | None = None,
+        dtype: Any = None,
     ) -> Sizes:
         """Several budgets (default: all) from one set of parameters in memory, that of the largest of them.
 
         Args:
+          widths: sizes by widths beside the budgets; their names are the widths as `--widths` takes them.
           limit_bytes: how much the slices of the others may take beside it; None: as much as they need.
           mesh, dtype: as of `load`, for the largest.
         """
         archs = {name: self.budgets[name].arch for name in (self.budgets if budgets is None else budgets)}
+        archs |= {format_widths(own): self.arch_of(widths=own) for own in widths}
         holds_all = [arch for arch in archs.values() if all(other.nests_in(arch) for other in archs.values())]
         largest = holds_all[0] if holds_all else self.arch
         params, compute = self._restore(largest, mesh, dtype), jnp.float32 if dtype is None else dtype
@@ -282,13 +291,38 @@ class Checkpoint:
         return list(heldout_batches(config, batch_size, context, batches))
 
     def evaluate(
-        self, budgets: Sequence[str] | None = None, *, data: str | None = None, context: int = 256, batches: int | None = None
-    ) -> dict[str, dict[str, float]]:
-        """Held-out scores of several budgets (default: all)."""
-        names = list(self.budgets) if budgets is None else list(budgets)
-        archs = {name: self.budgets[name].arch for name in names}
-        scored = self.heldout(data, context, batches=batches)
-        return {name: evaluate(restore_slice(self.path, arch), arch, scored) for name, arch in archs.items()}
+        self,
+        budgets: Sequence[str] | None = None,
+        *,
+        widths: Sequence[Mapping[str, int]] = (),
+        data: str | Sequence[str] | None = None,
+        tasks: Sequence[str] = (),
+        context: int = 256,
+        batches: int | None = None,
+        limit: int | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Scores of several budgets (default: all) and sizes by `widths`, all from one load.
+
+        Args:
+          data: one file, or several, whose scores then stand under `data` by file; None: the run's held-out data.
+          tasks: JSONL files (evaluate/tasks.py), whose scores stand under `tasks` by name. limit: questions of each.
+          context, batches: of the text, in batches of 8 rows.
+        """
+        texts = {
+            name: self.heldout(name, context, batches=batches) for name in ([data] if isinstance(data, str | None) else data)
+        }
+        read = [read_task(path) for path in tasks]
+        sizes, scores = self.load_sizes(budgets, widths=widths), {}
+        for name in sizes.archs:
+            weights = sizes.weights(name)
+            by_text = {text: evaluate(weights.own(), weights.arch, scored) for text, scored in texts.items()}
+            own: dict[str, Any] = dict(next(iter(by_text.values()), {}))
+            if len(by_text) > 1:
+                own['data'] = by_text
+            if read:
+                own['tasks'] = {task.name: run_task(weights, self.tokenizer, task, limit) for task in read}
+            scores[name] = own
+        return scores
 
     def draw(self, *, colour: bool = False, ascii_only: bool = False) -> str:
         """The nested widths of every block as text, 80 columns wide."""

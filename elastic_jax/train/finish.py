@@ -12,6 +12,7 @@ from etils import epath
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import heldout_batches
+from elastic_jax.evaluate.evaluators import make_evaluators
 from elastic_jax.evaluate.perplexity import evaluate, score
 from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
@@ -38,6 +39,7 @@ class Evaluator:
     def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter):
         self.plan, self.place, self.writer, self.batches = plan, place, writer, None
         self.programs: dict[Any, Callable[..., jax.Array]] = {}
+        self.more = make_evaluators(plan.config.evaluators, plan.config.data.tokenizer)
 
     def heldout(self) -> list[dict[str, Any]]:
         if self.batches is None:
@@ -67,6 +69,19 @@ class Evaluator:
         for name, arch in at.archs.items():
             own = self.score(at.state.params, at.parent, arch)
             self.writer.write('eval', at.step, stage=stage.name, budget=name, **_brief(own))
+        self.run_more(at, stage.name)
+
+    def run_more(self, at: Snapshot, stage: str) -> None:
+        """Scores every budget with the evaluators of the config, each on the budget's slice."""
+        # Of several processes none has a whole slice: `elastic eval` does it from the checkpoint.
+        if not self.more or jax.process_count() > 1:
+            return
+        for name, arch in at.archs.items():
+            sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
+            weights = weights_of(sliced, arch, self.plan.layout, self.plan.config.dtype)
+            for evaluator, run in self.more.items():
+                scores = run(weights, self.plan.tokenizer)
+                self.writer.write('evaluator', at.step, stage=stage, budget=name, evaluator=evaluator, scores=scores)
 
     def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:
         """Logs what freezing the soft masks to hard widths does to the held-out loss."""
@@ -84,6 +99,7 @@ class Evaluator:
         parent_score = self.score(teacher, at.parent, at.parent)
         rows, parent = summary_rows(at.archs, at.parent, after, before, parent_score, self.plan.config.metric_context)
         self.writer.write('final', at.step, rows=rows, parent=parent)
+        self.run_more(at, 'final')
         for name, arch in at.archs.items():
             prompts = list(self.plan.config.samples.prompts)
             # Of several processes none has a whole slice to write with: `elastic generate` does it from the checkpoint.

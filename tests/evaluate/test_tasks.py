@@ -1,0 +1,147 @@
+"""Tasks, likelihoods and evaluators: against log-probabilities summed from plain logits, and answers known beforehand."""
+
+import json
+
+import numpy as np
+import pytest
+
+import elastic_jax
+from elastic_jax.cli import main
+from elastic_jax.errors import UserError
+from elastic_jax.evaluate.evaluators import make_evaluators
+from elastic_jax.evaluate.likelihood import likelihoods
+from elastic_jax.evaluate.tasks import read_task, run_task
+
+QUESTIONS = [
+    {'context': 'def read(', 'choices': ['self)', 'x', 'import os'], 'answer': 1},
+    {'context': 'import ', 'choices': ['os', 'zzzzzz'], 'answer': 0},
+    {'context': '', 'choices': ['a', 'bcd', 'ef'], 'answer': 2},
+]
+
+
+@pytest.fixture(scope='module')
+def model(finished_run):
+    return elastic_jax.open_checkpoint(finished_run).load('small')
+
+
+def plain_log_p(model, context, continuation):
+    """Byte by byte from whole logits, in float64."""
+    first = list(context.encode()) or [model.tokenizer.eos_id]
+    tokens = [*first, *continuation.encode()]
+    logits = np.asarray(model.logits(np.asarray([tokens])), np.float64)[0]
+    log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    places = range(len(first) - 1, len(tokens) - 1)
+    return sum(log_p[n, tokens[n + 1]] for n in places), all(log_p[n].argmax() == tokens[n + 1] for n in places)
+
+
+def write(path, lines):
+    path.write_text('\n'.join(map(json.dumps, lines)))
+    return path
+
+
+def test_likelihoods_are_sums_of_plain_log_probabilities_in_any_order(model):
+    pairs = [(question['context'], choice) for question in QUESTIONS for choice in question['choices']]
+    likeliest = {letter: int(np.argmax(np.asarray(model.logits([[letter]]))[0, -1])) for letter in range(32, 127)}
+    letter, best = next((letter, best) for letter, best in likeliest.items() if best < 128)
+    pairs.append((chr(letter), chr(best)))
+    for pair, found in zip(pairs, likelihoods(model.weights, model.tokenizer, pairs), strict=True):
+        expected, greedy = plain_log_p(model, *pair)
+        assert found.log_p == pytest.approx(expected, rel=1e-4, abs=1e-4), pair
+        assert found.greedy == greedy and found.bytes == len(pair[1].encode())
+    assert found.greedy
+
+
+def test_multiple_choice_counts_the_likeliest_and_the_likeliest_per_byte(model, tmp_path):
+    scores = run_task(model.weights, model.tokenizer, read_task(write(tmp_path / 'task.jsonl', QUESTIONS)))
+    right = per_byte = 0
+    for question in QUESTIONS:
+        log_p = [plain_log_p(model, question['context'], choice)[0] for choice in question['choices']]
+        right += int(np.argmax(log_p)) == question['answer']
+        per_byte += (
+            int(np.argmax([own / len(c) for own, c in zip(log_p, question['choices'], strict=True)])) == question['answer']
+        )
+    assert scores == {
+        'accuracy': right / 3,
+        'accuracy_per_byte': per_byte / 3,
+        'chance': pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3),
+        'questions': 3,
+    }
+
+
+def test_exact_match_counts_the_texts_that_are_an_answer(finished_run, model, tmp_path, capsys):
+    written = model.generate('import ', max_tokens=64, stop=['\n']).strip()
+    lines = [{'prompt': 'import ', 'answer': answer} for answer in (written, [written + 'x', written], written + 'x', 'no')]
+    path = write(tmp_path / 'exact.jsonl', lines)
+    assert run_task(model.weights, model.tokenizer, read_task(path)) == {'exact_match': 0.5, 'questions': 4}
+    notes = tmp_path / 'notes.txt'
+    notes.write_text('import os\n' * 40)
+    argv = ['eval', '--checkpoint', finished_run, '--budgets', 'small', '--widths', 'embed=8', '--widths', 'mlp@3=16,embed=12']
+    argv += ['--data', notes, '--tasks', path, '--limit', '2', '--json']
+    with pytest.raises(SystemExit) as done:
+        main(list(map(str, argv)))
+    assert done.value.code == 0
+    small, by_width, other = json.loads(capsys.readouterr().out)['budgets']
+    assert small['name'] == 'small' and small['tasks'] == {'exact': {'exact_match': 1.0, 'questions': 2}}
+    assert by_width['name'].startswith('embed=8') and 'mlp@3=16' in other['name']
+    checkpoint = elastic_jax.open_checkpoint(finished_run)
+    alone = checkpoint.load(widths={'embed': 8}).evaluate(checkpoint.heldout(str(notes), batches=32))
+    assert by_width['bits_per_byte'] == pytest.approx(alone['bits_per_byte'], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        ('{"context": "a", "choices": ["b"], "answer": 1}', r'line 2 is no question .*not the index of one of 1 choices'),
+        ('{"context": "a"}', r"line 2 is no question \(KeyError\('prompt'\)|line 2 is no question \(KeyError\('answer'\)"),
+        ('{"prompt": "a", "answer": "b"', 'line 2 is no question'),
+        ('{"prompt": "a", "answer": "b"}', 'both kinds of question'),
+    ],
+)
+def test_what_is_no_question_is_said_with_file_and_line(tmp_path, line, message):
+    path = tmp_path / 'task.jsonl'
+    path.write_text(json.dumps(QUESTIONS[0]) + '\n' + line)
+    with pytest.raises(UserError, match=message):
+        read_task(path)
+
+
+def test_an_evaluator_that_is_not_one_is_said_by_name(tmp_path):
+    with pytest.raises(UserError, match=r'evaluators\.sums has the keys tsak; an evaluator has data'):
+        make_evaluators({'sums': {'tsak': 'x.jsonl'}})
+    with pytest.raises(UserError, match=r'cannot be read'):
+        make_evaluators({'sums': {'task': str(tmp_path / 'none.jsonl')}})
+
+
+HARNESS_TASK = """\
+task: own
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+target_delimiter: ""
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_runs_its_tasks_on_a_budget_with_local_data(finished_run, model, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from elastic_jax.evaluate.harness import ElasticLM
+
+    data = write(tmp_path / 'task.jsonl', QUESTIONS[:2] * 3)
+    (tmp_path / 'own.yaml').write_text(HARNESS_TASK.format(data=data))
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(ElasticLM(str(finished_run), budget='small'), tasks=['own'], task_manager=tasks)
+    log_p = [[plain_log_p(model, question['context'], choice)[0] for choice in question['choices']] for question in QUESTIONS[:2]]
+    right = [int(np.argmax(own)) == question['answer'] for own, question in zip(log_p, QUESTIONS, strict=False)]
+    assert found['results']['own']['acc,none'] == pytest.approx(np.mean(right))
+    assert found['results']['own']['sample_len'] == 6
