@@ -1,6 +1,6 @@
 """Prefill and decoding against transformers on the same weights, against the memory's bandwidth, and of the smaller sizes.
 
-  python experiments/bench/decode.py                about ten minutes on two cores; --models dense_21m,moe_31m for a part
+  python experiments/bench/decode.py                about ten minutes on two cores; --models dense_22m,moe_30m for a part
 
 Claims: at least 1.5 x transformers' prefill; decoding at least 3 x up to 30 M parameters and 1.7 x for a dense model of 80-100 M;
 at batch 1 at least 60 % of the bandwidth that a copy has in the same run. Random float32 weights are exported once and read by
@@ -45,16 +45,16 @@ def dense(embed: int, layers: int) -> Arch:
 
 
 MODELS = {
-    'hybrid_25m': Arch.from_pattern(
+    'hybrid_20m': Arch.from_pattern(
         'M-M-M*-M-M-M*-', vocab=VOCAB, embed=384, mamba=Mamba(heads=16, head_dim=48, groups=2, state=64),
         attention=Attention(kv_heads=2, query_heads=4, head_dim=48), mlp=MLP(1536),
     ),
-    'dense_21m': dense(384, 8),
-    'moe_31m': Arch.from_pattern(
+    'dense_22m': dense(384, 8),
+    'moe_30m': Arch.from_pattern(
         '*E' * 6, vocab=VOCAB, embed=384, attention=Attention(4, 2, 48, rope=Rope(), qk_norm=True), unit_blocks=2,
         moe=MoE(experts=16, expert_width=192, top_k=2, activation='swiglu', scoring='softmax', correction_bias=False),
     ),
-    'dense_88m': dense(768, 8),
+    'dense_89m': dense(768, 10),
 }  # fmt: skip
 NARROW = {'mid': 0.75, 'small': 0.5}
 

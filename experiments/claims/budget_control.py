@@ -5,7 +5,7 @@ answering size recomputing the thoughts or taking over the cache; the baseline i
 without nested sizes. The task (`chains.py`) is made on the spot; what is asked has numbers that were never trained on, and in
 a second set a length that was never trained on either.
 
-  python experiments/claims/budget_control.py --workdir runs/budget_control       trains (35 minutes on two cores), then measures
+  python experiments/claims/budget_control.py --workdir runs/budget_control       trains, then measures; an hour on two cores
 
 A training that was stopped goes on where it stopped. Results: WORKDIR/result.json and budget_control.png, and RESULTS.md.
 """
@@ -202,8 +202,8 @@ def main() -> None:
         ]
         result[name] = {'gains': gains(found[name]), 'points': rows}
         print(name, json.dumps(result[name]['gains'], indent=1))
-    (arguments.workdir / 'result.json').write_text(json.dumps(result, indent=1))
-    plot(found, arguments.workdir / 'budget_control.png')
+        (arguments.workdir / 'result.json').write_text(json.dumps(result, indent=1))
+        plot(found, arguments.workdir / 'budget_control.png')
 
 
 if __name__ == '__main__':
