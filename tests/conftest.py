@@ -1,6 +1,8 @@
 """What every test shares."""
 
+import gc
 import os
+from pathlib import Path
 
 # Tests compile a great deal and compute little: code that is not optimised compiles three times as fast.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
@@ -17,6 +19,16 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Compiling takes as long as it takes; the same examples every time, so that a red test stays red.
 hypothesis.settings.register_profile('tests', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('tests')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_mappings():
+    """Forgets compiled programs after a module when they take much of what one process may map on Linux: past that it crashes."""
+    yield
+    mapped, limit = Path('/proc/self/maps'), Path('/proc/sys/vm/max_map_count')
+    if mapped.exists() and len(mapped.read_text().splitlines()) > int(limit.read_text()) / 3:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope='session')

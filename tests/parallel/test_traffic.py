@@ -38,9 +38,10 @@ def traffic(request):
     return split(compiled(mesh, BUDGETS)), [split(compiled(mesh, [budget])) for budget in BUDGETS]
 
 
-def test_parameters_are_fetched_and_reduced_once_for_all_budgets(traffic):
+def test_parameters_are_fetched_and_reduced_once_for_all_budgets(traffic, request):
     (lockstep, _), [(full, _), *_] = traffic
-    assert lockstep['all-gather'].count > 0 or lockstep['all-reduce'].count > 0
+    if MESHES[request.node.callspec.params['traffic']].get('fsdp', 1) > 1:  # else every device has what it computes with
+        assert lockstep['all-gather'].count > 0 or lockstep['all-reduce'].count > 0
     for kind in ('all-gather', 'reduce-scatter', 'all-reduce'):
         assert lockstep[kind].count <= full[kind].count, kind
         assert lockstep[kind].bytes <= full[kind].bytes, kind
