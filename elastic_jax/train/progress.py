@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a live line on a terminal or in a notebook, a plain line now and then in a log file."""
+"""Progress of a run on stderr: a live line on a terminal, a plain line now and then in a log file or a notebook."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from elastic_jax.evaluate.summary import duration
+from elastic_jax.terminal import in_notebook
 
 LOG_SECONDS = 15.0
 
@@ -20,8 +21,9 @@ class RunProgress:
     """
 
     def __init__(self, work_by_stage: Mapping[str, float], enabled: bool = True):
-        self.console = Console(stderr=True, highlight=False)
-        self.enabled, self.live = enabled, self.console.is_terminal or self.console.is_jupyter
+        # Notebooks show stderr in red, and rich's live display there fails where ipywidgets is not installed.
+        self.console = Console(stderr=not in_notebook(), highlight=False, force_jupyter=False)
+        self.enabled, self.live = enabled, self.console.is_terminal
         self.work, self.done = dict(work_by_stage), dict.fromkeys(work_by_stage, 0.0)
         self.speed, self.last_logged = 0.0, 0.0
         self.bar = Progress(
