@@ -104,8 +104,8 @@ def elastic_loss(
     """Weighted sum of the budgets' losses, each on its static slice, all in lockstep.
 
     `teacher`: 'frozen' distils from the frozen parent's logits (the fixed parameters); 'cached' from its top k, which the batch
-    carries; 'self' from the full budget's, which
-    itself learns by cross-entropy (the full budget must come first); 'none' trains every budget by cross-entropy.
+    carries; 'self' from the full budget's, which itself learns by cross-entropy (the full budget must come first); 'none' trains
+    every budget by cross-entropy.
     """
     names, archs = zip(*budgets, strict=True)
 
