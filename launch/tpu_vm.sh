@@ -5,7 +5,8 @@
 #
 # ACTION
 #   create   the slice: --type v5p-128 --image v2-alpha-tpuv5 [--spot] [--network N] [--subnetwork S] [--service-account A]
-#   copy     the last commit of this checkout to all hosts, and installs it in a new virtual environment
+#   copy     the last commit of this checkout (of a folder that is no git checkout: what `elastic` needs of it) to all hosts,
+#            and installs it in a new virtual environment
 #   run      starts `elastic train ARGUMENTS` on all hosts; it goes on when this terminal closes. With --bucket BUCKET,
 #            --workdir is gs://BUCKET/NAME, and compiled programs are cached in gs://BUCKET/compilation_cache
 #   status   a line of each host: idle, running, finished, stopped (saved), failed N
@@ -47,7 +48,11 @@ create() {
 
 copy() {
   local name=elastic_jax.tar.gz archive=${TMPDIR:-/tmp}/elastic_jax.$$.tar.gz
-  run git -C "$here/.." archive --format=tar.gz --output="$archive" HEAD
+  if [[ -e $here/../.git ]]; then
+    run git -C "$here/.." archive --format=tar.gz --output="$archive" HEAD
+  else
+    run tar -czf "$archive" -C "$here/.." --exclude=__pycache__ setup.cfg pyproject.toml README.md LICENSE elastic_jax experiments launch
+  fi
   trap 'rm -f "${TMPDIR:-/tmp}/elastic_jax.$$.tar.gz"' EXIT
   vm scp "$archive" "${option[name]}:$name" --worker=all
   # The Python of most images is too old: uv brings one.

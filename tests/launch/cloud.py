@@ -29,8 +29,8 @@ done
 class Cloud:
     """Slices, their hosts, and what was asked of it."""
 
-    def __init__(self, folder: Path, hosts: int = 2):
-        self.folder, self.hosts = folder, hosts
+    def __init__(self, folder: Path, hosts: int = 2, launch: Path = LAUNCH):
+        self.folder, self.hosts, self.launch = folder, hosts, launch
         self.bin = folder / 'bin'
         self.bin.mkdir(parents=True)
         for name in ('gcloud', 'xpk', 'kubectl', 'srun', 'scontrol', 'python3', 'hostname'):
@@ -45,7 +45,7 @@ class Cloud:
         return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PATH': path, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(self.folder), **more}
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-        command = ['bash', str(LAUNCH / script), *arguments]
+        command = ['bash', str(self.launch / script), *arguments]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         return subprocess.Popen(command, cwd=ROOT, env=self.environment(**environment), **pipes)
 

@@ -40,6 +40,7 @@ DOCUMENTED = {
     'gcloud compute tpus tpu-vm describe': 'format zone project quiet',
     'gcloud compute tpus tpu-vm delete': 'async zone project quiet',
     'git': 'format output',
+    'tar': 'exclude',
     'xpk workload create': (
         'workload cluster project zone tpu-type device-type num-slices docker-image base-docker-image script-dir max-restarts '
         'restart-on-exit-codes termination-grace-period-seconds command env env-file priority scheduler'

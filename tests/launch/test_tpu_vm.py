@@ -1,6 +1,8 @@
 """tpu_vm.sh and babysit.sh on slices whose hosts are folders: real processes, that are stopped, killed and started again."""
 
 import contextlib
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +48,29 @@ def test_a_run_from_its_slice_to_its_end(cloud):
     assert log.count('-m elastic_jax train --config c.py --workdir=gs://b/star') == 2
     tpu_vm(cloud, 'delete', *SLICE)
     assert tpu_vm(cloud, 'state', *SLICE) == 'ABSENT\n'
+
+
+@pytest.mark.parametrize('checkout', [True, False])
+def test_a_checkout_travels_as_committed_and_a_plain_folder_as_it_is(tmp_path, checkout):
+    tree = tmp_path / 'tree'
+    for name in ('launch', 'elastic_jax', 'experiments'):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, tree)
+    if checkout:
+        who = ('-c', 'user.name=n', '-c', 'user.email=e@e')
+        for command in (('init', '-q'), ('add', '.'), (*who, 'commit', '-q', '-m', 'm')):
+            subprocess.run(['git', '-C', tree, *command], check=True)
+    (tree / 'runs').mkdir()  # what a run left here
+    (tree / 'elastic_jax' / 'draft.py').touch()
+    with contextlib.closing(Cloud(tmp_path / 'cloud', launch=tree / 'launch')) as cloud:
+        tpu_vm(cloud, 'create', *MAKE)
+        tpu_vm(cloud, 'copy', *SLICE)
+        for host in ('w-0', 'w-1'):
+            arrived = tmp_path / 'cloud' / 'star' / host / 'elastic_jax'
+            assert {'setup.cfg', 'elastic_jax', 'launch'} <= {path.name for path in arrived.iterdir()}
+            assert not (arrived / 'runs').exists()
+            assert (arrived / 'elastic_jax' / 'draft.py').exists() != checkout
 
 
 def test_hosts_say_with_what_a_run_failed(cloud):
