@@ -112,6 +112,7 @@ def answer(folder: str, name: str, hosts: int) -> None:
         install(cloud, arguments)
     elif name == 'srun':
         print((cloud / 'srun.out').read_text(), end='')
+        print('told to run:', os.environ['ELASTIC_RERUN'])
         sys.exit(int((cloud / 'srun.code').read_text()))
     elif name == 'gcloud':
         assert arguments[:3] == ['compute', 'tpus', 'tpu-vm'], arguments

@@ -29,6 +29,7 @@ def test_what_is_not_finished_goes_back_into_the_queue(said, code, restarts, req
     done = cloud.call('slurm.sbatch', '--', '--config', 'c.py', '--workdir', '/shared/run', **slurm)
     assert done.returncode == code, done.stderr
     assert said in done.stdout
+    assert 'told to run: scontrol requeue 42\n' in done.stdout
     step, *rest = cloud.calls()
     assert step[-6:] == ['elastic_jax', 'train', '--config', 'c.py', '--workdir', '/shared/run']
     assert rest == ([['scontrol', 'requeue', '42']] if requeued else [])

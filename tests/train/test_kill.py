@@ -49,10 +49,16 @@ def run_to_end(workdir: Path, cache: Path) -> None:
     assert process.returncode == 0, output
 
 
+def compiled_steps(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob('jit_step-*-cache')}
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_is_never_killed(tmp_path):
     cache, rng = tmp_path / 'cache', random.Random(0)
     run_to_end(tmp_path / 'undisturbed', cache)
+    steps = compiled_steps(cache)
+    assert len(steps) == 4  # one per stage
     metrics = tmp_path / 'killed' / 'metrics.jsonl'
     for target in (*sorted(rng.sample(range(2, 15), 3)), 19):
         process = start(tmp_path / 'killed', cache)
@@ -68,6 +74,7 @@ def test_killed_at_random_moments_is_never_killed(tmp_path):
     expected, found = everything(tmp_path / 'undisturbed'), everything(tmp_path / 'killed')
     jax.tree.map(np.testing.assert_array_equal, found['items'], expected['items'])
     assert found['lines'] == expected['lines']
+    assert compiled_steps(cache) == steps, 'a later run of the same experiment compiled a step again'
 
 
 @pytest.mark.slow
