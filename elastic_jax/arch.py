@@ -86,8 +86,8 @@ class MoE:
 
 
 Mixer = Attention | Mamba | MLP | MoE
+# Grown by model/mixers.py, as is AXES. A kind's name in lower case names it in configs: `mamba`, `attention`, `mlp`, `moe`.
 LETTERS: dict[str, type] = {'M': Mamba, '*': Attention, '-': MLP, 'E': MoE}
-LETTER_OF = {kind: letter for letter, kind in LETTERS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,17 @@ AXES: dict[str, Axis] = {
         Axis('shared_width', MoE, 'shared_width'),
     )
 }
-LAYER_AXES = tuple(axis for axis in AXES.values() if axis.kind is not None)
+
+
+def layer_axes() -> tuple[Axis, ...]:
+    """The axes that belong to a kind of mixer."""
+    return tuple(axis for axis in AXES.values() if axis.kind is not None)
+
+
+def letter_of(kind: type) -> str:
+    """The letter of a kind of mixer in patterns."""
+    return next(letter for letter, own in LETTERS.items() if own is kind)
+
 
 Widths = Mapping[str, int]
 
@@ -139,15 +149,14 @@ class Arch:
     def from_pattern(
         cls,
         pattern: str,
-        *,
-        mamba: Mamba | None = None,
-        attention: Attention | None = None,
-        mlp: MLP | None = None,
-        moe: MoE | None = None,
         **kwargs: Any,
     ) -> Arch:
-        """Builds the Arch whose block i is the mixer that letter i of `pattern` names."""
-        given = {'M': mamba, '*': attention, '-': mlp, 'E': moe}
+        """Builds the Arch whose block i is the mixer that letter i of `pattern` names.
+
+        Args:
+          kwargs: the mixers by the names of their kinds in lower case (`mamba`, `attention`, `mlp`, `moe`), and fields of Arch.
+        """
+        given = {letter: kwargs.pop(kind.__name__.lower(), None) for letter, kind in LETTERS.items()}
         for letter in pattern:
             if given.get(letter) is None:
                 raise UserError(
@@ -158,7 +167,7 @@ class Arch:
     @property
     def pattern(self) -> str:
         """One letter per block; a dropped block is '.'."""
-        return ''.join('.' if mixer is None else LETTER_OF[type(mixer)] for mixer in self.mixers)
+        return ''.join('.' if mixer is None else letter_of(type(mixer)) for mixer in self.mixers)
 
     @property
     def units(self) -> int:
@@ -260,7 +269,7 @@ class Arch:
                 continue
             if type(own) is not type(theirs):
                 return f'block {i} is {type(own).__name__}, but {type(theirs).__name__} in the parent'
-            elastic = {axis.field: axis.name for axis in LAYER_AXES if axis.kind is type(own)}
+            elastic = {axis.field: axis.name for axis in layer_axes() if axis.kind is type(own)}
             for field in dataclasses.fields(own):
                 mine, full = getattr(own, field.name), getattr(theirs, field.name)
                 if field.name in elastic and mine > full:
@@ -309,7 +318,7 @@ class Arch:
 
 def _mixer_from_json(entry: Mapping[str, Any]) -> Mixer:
     entry = dict(entry)
-    kind = {kind.__name__: kind for kind in LETTER_OF}[entry.pop('kind')]
+    kind = {kind.__name__: kind for kind in LETTERS.values()}[entry.pop('kind')]
     if kind is Attention and entry.get('rope') is not None:
         entry['rope'] = Rope(entry['rope']['theta'], tuple(entry['rope']['scaling']))
     if kind is Mamba and entry.get('dt_max') is None:
@@ -327,7 +336,7 @@ def _blocks_named(arch: Arch, axis: Axis, block: str) -> list[int]:
 
 
 def _check_mixer(i: int, mixer: Mixer) -> None:
-    for axis in LAYER_AXES:
+    for axis in layer_axes():
         if isinstance(mixer, axis.kind) and axis.name != 'shared_width':
             width = getattr(mixer, axis.field)
             _require(width >= 1, f'{axis.name}@{i}={width} must be at least 1')

@@ -102,6 +102,12 @@ def run(argv: list[str]) -> int:
     if not argv:
         print(PATH_THROUGH, end='')
         return 0
+    arguments = parse(argv)
+    return arguments.run(arguments)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command, with `run` to run it. Raises UserError for a verb or flag that there is not."""
     if not argv[0].startswith('-') and argv[0] not in VERBS:
         raise UserError(unknown_name('verb', argv[0], list(VERBS)))
     rest, overrides = _split_overrides(argv)
@@ -109,7 +115,7 @@ def run(argv: list[str]) -> int:
     if overrides and not getattr(arguments, 'takes_overrides', False):
         raise UserError(f'{overrides[0]!r}: {arguments.verb} takes no config')
     arguments.overrides = overrides
-    return arguments.run(arguments)
+    return arguments
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

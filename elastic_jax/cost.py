@@ -17,11 +17,8 @@ from elastic_jax.model.params import Param, layer_name, param_table
 
 Keep = Sequence[Any] | None
 
-# The parameters that a matmul multiplies by. Recomputing a block in the backward pass spares those that end it, as only the
-# sum that they produce needs their result.
 EXPERT = frozenset(('expert_up', 'expert_gate', 'expert_down'))
-ATTENTION_AND_MAMBA = frozenset(('q', 'k', 'v', 'o', 'z', 'x', 'b', 'c', 'dt', 'out'))
-MATMULS = EXPERT | ATTENTION_AND_MAMBA | {'up', 'gate', 'down', 'router', 'shared_up', 'shared_gate', 'shared_down'}
+# Recomputing a block in the backward pass spares the matmuls that end it, as only the sum that they produce needs their result.
 ENDS = frozenset(('o', 'out', 'down', 'shared_down'))
 
 
@@ -107,7 +104,8 @@ def block_flops(
     """
     flops = 0.0
     for name, param in params.items():
-        if name in MATMULS and name not in spare:
+        # What maps the residual stream or makes it is a matmul; vectors, convolutions and biases are not.
+        if 'embed' in param.axes and len(param.axes) > 1 and name not in spare:
             flops += 2.0 * math.prod(param.shape) * (_expert_share(mixer, context, executed_batch) if name in EXPERT else 1.0)
     if isinstance(mixer, MoE) and executed_batch:
         flops += 2.0 * mixer.top_k * params['router'].shape[0]  # the weighted sum of the chosen experts' outputs

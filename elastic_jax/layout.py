@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_jax.arch import LAYER_AXES, Arch, Mixer, MoE, exact_divide
+from elastic_jax.arch import Arch, Mixer, MoE, exact_divide, layer_axes
 from elastic_jax.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Layout:
 
     def check(self, arch: Arch) -> Layout:
         """Returns self if G divides every blocked width of `arch`, else raises UserError."""
-        for axis in LAYER_AXES:
+        for axis in layer_axes():
             for i, width in arch.layer_widths(axis.name).items():
                 blocks = self.blocks(axis.name, arch.mixers[i])
                 if width % blocks:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from elastic_jax.arch import LAYER_AXES, Arch, Attention, Mixer, Rope
+from elastic_jax.arch import Arch, Attention, Mixer, Rope, layer_axes
 from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.name_map import Names
@@ -40,7 +40,7 @@ def common_mixer(arch: Arch, kind: type[Mixer], model_type: str) -> Any:
     """The one mixer of this kind that all such blocks share, or None. Raises UserError when they differ."""
     found = {mixer for mixer in arch.mixers if isinstance(mixer, kind)}
     if len(found) > 1:
-        own = {axis.name for axis in LAYER_AXES if axis.kind is kind}
+        own = {axis.name for axis in layer_axes() if axis.kind is kind}
         differing = [name for name in arch.widths() if name.partition('@')[0] in own and '@' in name]
         raise UserError(
             f'{model_type} in transformers has one width per axis, but this model differs by layer '

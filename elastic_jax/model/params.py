@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -199,7 +199,7 @@ def _moe(mixer: MoE, embed: Any, layout: Layout, depth_scale: float) -> dict[str
 
 
 Declare = Callable[[Any, Any, Layout, float], dict[str, Param]]
-DECLARE: Mapping[type[Mixer], Declare] = {Attention: _attention, Mamba: _mamba, MLP: _mlp, MoE: _moe}
+DECLARE: dict[type[Mixer], Declare] = {Attention: _attention, Mamba: _mamba, MLP: _mlp, MoE: _moe}
 
 
 def _param(

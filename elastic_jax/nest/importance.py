@@ -6,7 +6,7 @@ per unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_jax.arch import Arch, Attention, Mamba, MoE
+from elastic_jax.arch import AXES, Arch, Attention, Mamba, MoE
 from elastic_jax.layout import FLAT, Layout, to_ranked
 from elastic_jax.model.context import HARD, Soft, context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
@@ -41,15 +41,18 @@ def batch_sums(params: dict[str, Any], batch: dict[str, jax.Array], arch: Arch, 
             own['mamba'] = total(tap['mamba'])
         if 'heads' in tap:
             own['heads'] = total(jnp.sum(jnp.square(tap['heads'].astype(jnp.float32)), axis=-1))
-        for width in ('mlp', 'shared_width'):
-            if width in tap:
-                own[width] = total(jnp.abs(tap[width]))
+        own |= {axis: total(jnp.abs(tap[axis])) for axis in _channel_axes(tap)}
         if 'expert_ids' in tap:
             own |= expert_sums(tap['expert_ids'], tap['expert_weights'], tap['expert_norms'], real_BxT, _experts(arch, name))
             pairs = jax.nn.one_hot(tap['expert_ids'], _experts(arch, name)) * real_BxT[..., None, None]
             own['expert_width'] = jnp.einsum('btke,btkf->ef', pairs, jnp.abs(tap['expert_width'].astype(jnp.float32)))
         sums[name] = own
     return sums
+
+
+def _channel_axes(found: Container[str]) -> list[str]:
+    """The axes whose units are channels that a mixer taps under the axis's name: their score is Σ|activation|."""
+    return [axis for axis in AXES if axis in found and axis not in ('embed', 'experts', 'expert_width')]
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def scores(sums: Sums, arch: Arch, layout: Layout = FLAT) -> dict[str, dict[str,
         own = sums.get(layer_name(i), {})
         # Stored (G, n/G) and merged by the forward pass: back to rank order.
         unblock = lambda x, axis, mixer=mixer: _unblock(x, layout.blocks(axis, mixer))
-        ranked = {axis: unblock(own[axis], axis) for axis in ('mlp', 'shared_width') if axis in own}
+        ranked = {axis: unblock(own[axis], axis) for axis in _channel_axes(own)}
         if isinstance(mixer, Mamba):
             s_GxMxP = own['mamba']
             ranked['mamba_head_dim'] = np.linalg.norm(s_GxMxP.reshape(-1, mixer.head_dim), axis=0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elastic_jax.arch import LAYER_AXES, Arch, Mamba, Mixer, MoE
+from elastic_jax.arch import Arch, Mamba, Mixer, MoE, layer_axes
 from elastic_jax.layout import FLAT, Layout, inner_width
 from elastic_jax.model.context import Soft
 from elastic_jax.model.params import layer_name, param_table
@@ -38,7 +38,7 @@ def prefix_mask(size: int, width: Any) -> jax.Array:
 
 def axis_sizes(mixer: Mixer) -> dict[str, int]:
     """Axis name -> width, for every axis that a mixer has."""
-    sizes = {axis.name: getattr(mixer, axis.field) for axis in LAYER_AXES if isinstance(mixer, axis.kind)}
+    sizes = {axis.name: getattr(mixer, axis.field) for axis in layer_axes() if isinstance(mixer, axis.kind)}
     return {name: size for name, size in sizes.items() if size}
 
 

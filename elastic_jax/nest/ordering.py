@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_jax.arch import Arch, MoE
+from elastic_jax.arch import AXES, Arch, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.params import Param, layer_name, param_table
 
@@ -61,7 +61,7 @@ def _permute(leaf: Any, param: Param, perms: dict[str, Any], mixer: Any, new: La
             at = axes.index(f'{axis}_blocks')
             leaf = jnp.moveaxis(leaf, at, at + 1).reshape(*leaf.shape[:at], -1, *leaf.shape[at + 2 :])
             axes.pop(at)
-    for axis in SEQUENCE:
+    for axis in (*SEQUENCE, *(axis for axis in AXES if axis not in SEQUENCE)):
         if axis in perms and axis in axes:
             perm, at = jnp.asarray(perms[axis]), axes.index(axis)
             if axis == 'experts' and grouped:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from elastic_jax.arch import LAYER_AXES, Arch
+from elastic_jax.arch import Arch, layer_axes
 from elastic_jax.layout import FLAT, Layout, inner_width
 from elastic_jax.model.params import layer_name
 from elastic_jax.nest.budgets import AxisChoices, Grid, Metric
@@ -119,7 +119,7 @@ def expected_cost(parent: Arch, grid: Grid, probabilities: Probabilities, measur
     for i, mixer in enumerate(parent.mixers):
         changes = {
             axis.field: expect(by_axis[axis.name], row_of(by_axis[axis.name], i), getattr(mixer, axis.field))
-            for axis in LAYER_AXES
+            for axis in layer_axes()
             if mixer is not None and isinstance(mixer, axis.kind) and axis.name in by_axis and i in by_axis[axis.name].blocks
         }
         mixers.append(dataclasses.replace(mixer, **changes) if changes else mixer)

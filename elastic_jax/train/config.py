@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE, Rope, unknown_name
+from elastic_jax.arch import LETTERS, Arch, Rope, unknown_name
 from elastic_jax.data.pipeline import default_data_config
 from elastic_jax.errors import UserError
 
@@ -18,10 +18,7 @@ def default_config() -> ConfigDict:
     config.seed = 0
     # The parent: a pattern and one entry for each letter in it (fields as in arch.py). Not read when parent.checkpoint is given.
     config.arch = ConfigDict({'pattern': '', 'vocab': 0, 'embed': 0, 'norm_eps': 1e-5, 'tied': False, 'unit_blocks': 1})
-    config.arch.mamba = ConfigDict()
-    config.arch.attention = ConfigDict()
-    config.arch.mlp = ConfigDict()
-    config.arch.moe = ConfigDict()
+    config.arch.update({kind.__name__.lower(): ConfigDict() for kind in LETTERS.values()})
     # An imported or earlier checkpoint to start from, instead of a pretrain stage.
     # `scratch` is a control: the slice of the budget it names begins from random weights, and the parent only teaches.
     config.parent = ConfigDict({'checkpoint': '', 'budget': 'full', 'scratch': ''})
@@ -130,7 +127,8 @@ def stage(kind: str, steps: int, context: int, batch_size: int, **changes: Any) 
 def build_arch(config: ConfigDict) -> Arch:
     """The parent that `config.arch` describes. Raises UserError naming the key that is wrong."""
     mixers = {}
-    for name, kind in (('mamba', Mamba), ('attention', Attention), ('mlp', MLP), ('moe', MoE)):
+    for kind in LETTERS.values():
+        name = kind.__name__.lower()
         fields = config.arch[name].to_dict()
         if fields:
             if isinstance(fields.get('rope'), dict):
