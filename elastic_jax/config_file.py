@@ -39,7 +39,7 @@ def _parse(argv: Sequence[str]) -> Any:
 
 
 def _explain(path: str, overrides: Sequence[str], error: BaseException) -> str:
-    """The sentence for what the overrides got wrong: the first such key or value, or the config file itself."""
+    """What the overrides got wrong, every key and value of them in one go, or else the config file itself."""
     from absl import flags
 
     from elastic_jax.train.workdir import flatten
@@ -50,13 +50,14 @@ def _explain(path: str, overrides: Sequence[str], error: BaseException) -> str:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError):
         return reason
     known = flatten(json.loads(config.to_json()))
+    problems = []
     for override in overrides:
         key = override.removeprefix('--config.').partition('=')[0]
         if key not in known:
-            return f'unknown config key {key!r}{_nearest(key, list(known))}'
-        if not _accepted(path, override):
-            return f'cannot read the value given for --config.{key}; expected one like {known[key]!r}'
-    return reason
+            problems.append(f'unknown config key {key!r}{_nearest(key, list(known))}')
+        elif not _accepted(path, override):
+            problems.append(f'cannot read the value given for --config.{key}; expected one like {known[key]!r}')
+    return '; '.join(problems) or reason
 
 
 def _accepted(path: str, override: str) -> bool:

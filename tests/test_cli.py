@@ -135,6 +135,14 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
             ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.seed=blue'),
             'cannot read the value given for --config.seed',
         ),
+        (
+            ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.sed=1', '--config.seed=blue'),
+            "unknown config key 'sed'; did you mean 'seed'?; cannot read the value given for --config.seed",
+        ),
+        (
+            ('train', '--config=experiments/quickstart.py', '--workdir', 'w', '--config.teacher=slef', '--config.metric=bytes'),
+            "did you mean 'self'? known: frozen, cached, self, none; unknown budget metric 'bytes'",
+        ),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',
 )
