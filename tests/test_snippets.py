@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -55,9 +56,9 @@ def check(words):
 
 
 def shown(text):
-    """The words of the lines of help and docstrings that begin with a command; what stands after two spaces explains it."""
+    """The words of the indented lines that begin with a command; what stands after two spaces explains it."""
     for line in text.replace('\\\n', ' ').splitlines():
-        if re.match(r'\s*(elastic|python) \S', line):
+        if re.match(r'\s+(elastic|python) \S', line):
             verb, _, rest = line.strip().partition(' --')
             # Two spaces end a command, but for those that align its first flag.
             command = verb + ' --' + re.split(r'\s{2,}', rest)[0] if rest else re.split(r'\s{2,}', verb)[0]
@@ -91,7 +92,7 @@ def test_the_commands_that_experiments_name_parse(path):
 
 
 def test_the_examples_of_help_parse():
-    examples = [words for text in (PATH_THROUGH, *(verb.EXAMPLE for verb in VERBS.values())) for words in shown(text)]
+    examples = [words for text in (PATH_THROUGH, *(verb.EXAMPLE for verb in VERBS.values())) for words in shown(indent(text, '  '))]
     assert len(examples) >= 2 * len(VERBS) - 1
     for words in examples:
         if 'VERB' not in words:

@@ -1,6 +1,6 @@
 """Slices cost their size: bytes, seconds and memory of loading and of writing slices of a random checkpoint made on the spot.
 
-python experiments/bench/slices.py --gb 3
+  python experiments/bench/slices.py --gb 3
 
 Each slice is loaded (`Checkpoint.load`) and written (`elastic slice`) in a process of its own. Bytes are those that it asked
 the system to read (/proc/self/io, rchar), whatever the page cache held. Memory is the peak of the resident set while it works,
