@@ -35,7 +35,7 @@ from elastic_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokeniz
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
-from elastic_jax.evaluate.summary import format_widths, human
+from elastic_jax.evaluate.summary import format_widths, human, width_lines
 from elastic_jax.evaluate.tasks import read_task, run_task
 from elastic_jax.hf.from_checkpoint import export_checkpoint
 from elastic_jax.infer.generate import GREEDY, generate, stream
@@ -79,15 +79,15 @@ class BudgetTable(Mapping[str, Budget]):
         return result
 
     def __repr__(self) -> str:
-        lines = [self.columns, *self.rows()]
-        sizes = [max(len(line[i]) for line in lines) for i in range(len(self.columns) - 1)]
-        pad = lambda line: [
-            cell.ljust(size) if i == 0 else cell.rjust(size) for i, (cell, size) in enumerate(zip(line, sizes, strict=False))
-        ]
-        return '\n'.join('  '.join([*pad(line), line[-1]]) for line in lines)
+        lines = [line[:-1] for line in (self.columns, *self.rows())]
+        name, *sizes = (max(map(len, column)) for column in zip(*lines, strict=True))
+        pad = lambda first, *rest: '  '.join([first.ljust(name), *map(str.rjust, rest, sizes)]).rstrip()
+        # The widths stand below the table, which so fits into 80 columns.
+        widths = {budget: self[budget].arch.widths() for budget in self}
+        return '\n'.join([*(pad(*line) for line in lines), '', width_lines(widths, name)])
 
     def _repr_html_(self) -> str:
-        cells = lambda tag, line: ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in line)
+        cells = lambda tag, line: ''.join(f'<{tag}>{html.escape(cell).replace(",", ",<wbr>")}</{tag}>' for cell in line)
         rows = ''.join(f'<tr>{cells("td", row)}</tr>' for row in self.rows())
         return f'<table><thead><tr>{cells("th", self.columns)}</tr></thead><tbody>{rows}</tbody></table>'
 

@@ -23,6 +23,7 @@ def run(capsys, *argv):
 def test_inspect_prints_a_table_or_one_json_object(capsys, finished_run):
     status, out, _ = run(capsys, 'inspect', '--checkpoint', finished_run)
     assert status == 0 and [line.split()[0] for line in out.splitlines()[1:4]] == ['full', 'mid', 'small']
+    assert max(map(len, out.splitlines())) <= 80
     status, out, _ = run(capsys, 'inspect', '--checkpoint', finished_run, '--json')
     budgets = json.loads(out)['budgets']
     assert [budget['name'] for budget in budgets] == ['full', 'mid', 'small']

@@ -136,7 +136,11 @@ padding:.35rem .55rem;border-radius:.4rem;max-width:18rem;box-shadow:0 4px 16px 
 .legend{display:flex;flex-wrap:wrap;gap:.15rem 1rem;margin:.2rem 0 .5rem;font-size:.84rem}
 .key{display:inline-block;width:.75rem;height:.75rem;border-radius:.2rem;margin-right:.4rem;vertical-align:-.05em;
 background:var(--c)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
+/* Shades at the edges beyond which a table goes on; they scroll with it, and the card covers them at its ends. */
+.scroll{overflow-x:auto;background:linear-gradient(90deg,var(--card) 50%,#0000) 0 0/3rem 100%,
+linear-gradient(270deg,var(--card) 50%,#0000) 100% 0/3rem 100%,linear-gradient(90deg,#0003,#0000) 0 0/.9rem 100%,
+linear-gradient(270deg,#0003,#0000) 100% 0/.9rem 100%;background-repeat:no-repeat;background-attachment:local,local,scroll,scroll}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
 th{font-size:.76rem;color:var(--soft);font-weight:600}
 th,td{text-align:right;padding:.45rem .6rem;border-bottom:1px solid var(--rule);white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;font-weight:650;padding-left:0}
@@ -176,6 +180,7 @@ mark{background:none;color:var(--ink);font-weight:700}.sample pre{color:var(--so
 @media(max-width:520px){.beside small{display:none}section{padding:.95rem .85rem 1rem}
 .plot{height:14rem;margin-left:2.5rem}.tall .plot{height:17rem}.multiples{grid-template-columns:repeat(3,1fr);gap:.4rem .5rem}
 .small .plot{height:4.4rem;margin-left:.8rem}.wide .plot{margin-left:2.2rem}.model{height:9rem}
+th,td{padding:.4rem .42rem}table{font-size:.85rem}
 .cards{grid-template-columns:1fr 1fr}.card .big{font-size:1.6rem}.card .big small{display:block;margin:0}}
 @media print{body{background:#fff}section,.card{break-inside:avoid}}
 """

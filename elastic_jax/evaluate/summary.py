@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,7 @@ def format_table(rows: Sequence[Row], parent: Row) -> str:
         first, *rest = (cell.rjust(size) for cell, size in zip(line, sizes, strict=True))
         aligned.append('  '.join([first.strip().ljust(sizes[0]), *rest]).rstrip())
     rule = '  '.join('-' * size for size in sizes).rstrip()
-    widths = [f'{row["name"].ljust(sizes[0])}  {format_widths(row["widths"])}' for row in rows]
-    return '\n'.join([aligned[0], rule, *aligned[1:], '', *widths])
+    return '\n'.join([aligned[0], rule, *aligned[1:], '', width_lines({row['name']: row['widths'] for row in rows}, sizes[0])])
 
 
 def table_cells(row: Row, parent: Row) -> tuple[str, ...]:
@@ -102,6 +102,15 @@ def table_cells(row: Row, parent: Row) -> tuple[str, ...]:
 def format_widths(widths: Mapping[str, int]) -> str:
     """Widths as `--widths` takes them."""
     return ','.join(f'{name}={width}' for name, width in widths.items())
+
+
+def width_lines(widths: Mapping[str, Mapping[str, int]], indent: int, columns: int = 80) -> str:
+    """A line for each budget: its name, padded to `indent`, and its widths, which go on below themselves beyond `columns`."""
+    blank = ' ' * (indent + 2)
+    fill = lambda name, text: textwrap.fill(
+        text.replace(',', ', '), columns, initial_indent=name.ljust(indent + 2), subsequent_indent=blank, break_long_words=False
+    )
+    return '\n'.join(fill(name, format_widths(own)).replace(', ', ',') for name, own in widths.items())
 
 
 def human(value: float, unit: str = '') -> str:
