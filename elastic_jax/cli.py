@@ -33,20 +33,34 @@ VERBS = {
 }
 
 PATH_THROUGH = """\
-elastic: one parent language model in, one checkpoint with several nested models out.
+elastic: one parent language model in, one checkpoint of nested models out.
 
 The usual path:
-  elastic data     --config experiments/quickstart.py                               what it will train on: samples, counts, speed
-  elastic train    --config experiments/quickstart.py --workdir runs/quickstart    a parent, ranked, searched, trained elastically
-  elastic inspect  --checkpoint runs/quickstart                                     what is inside: sizes, costs, nested widths
-  elastic eval     --checkpoint runs/quickstart                                     how good every budget is
-  elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '      text from any size
-  elastic serve    --checkpoint runs/quickstart                                     every size over HTTP, as OpenAI serves models
-  elastic slice    --checkpoint runs/quickstart --budget small --out out/small      one size as a checkpoint of its own
-  elastic report   --workdir runs/quickstart                                        report.html and pareto.png
-  elastic plan     --config experiments/quickstart.py --topology v5e:2x2            what it takes on TPUs, without one
-  elastic import   --hf DIR_OR_ID --checkpoint runs/parent                          a Hugging Face model as the parent
-  elastic cache-teacher --config FILE --config.teacher_cache.path=runs/teacher     logits of the parent, kept for later runs
+  what it will train on: samples, counts, speed
+    elastic data --config experiments/quickstart.py
+  a parent, ranked, searched, trained elastically; ten minutes on two cores
+    elastic train --config experiments/quickstart.py --workdir runs/quickstart
+  what is inside: sizes, costs, nested widths
+    elastic inspect --checkpoint runs/quickstart
+  how good every budget is
+    elastic eval --checkpoint runs/quickstart
+  text from any size
+    elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '
+  every size over HTTP, as OpenAI serves models
+    elastic serve --checkpoint runs/quickstart
+  one size as a checkpoint of its own
+    elastic slice --checkpoint runs/quickstart --budget small --out out/small
+  report.html and pareto.png
+    elastic report --workdir runs/quickstart
+
+With a parent and chips of your own:
+  a Hugging Face model, a folder or an id, as the parent
+    elastic import --hf DIR_OR_ID --checkpoint runs/parent
+  its logits, kept for the training of all budgets
+    elastic cache-teacher --config experiments/elastic_from_hf.py:runs/parent \\
+      --config.teacher_cache.path=runs/teacher
+  what it takes on TPUs, without one
+    elastic plan --config experiments/quickstart.py --topology v5e:2x2
 
 `elastic VERB --help` says more about each.
 """

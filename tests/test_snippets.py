@@ -92,7 +92,9 @@ def test_the_commands_that_experiments_name_parse(path):
 
 
 def test_the_examples_of_help_parse():
-    examples = [words for text in (PATH_THROUGH, *(verb.EXAMPLE for verb in VERBS.values())) for words in shown(indent(text, '  '))]
+    examples = [
+        words for text in (PATH_THROUGH, *(verb.EXAMPLE for verb in VERBS.values())) for words in shown(indent(text, '  '))
+    ]
     assert len(examples) >= 2 * len(VERBS) - 1
     for words in examples:
         if 'VERB' not in words:

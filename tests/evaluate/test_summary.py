@@ -5,7 +5,7 @@ import math
 import pytest
 
 from elastic_jax.cost import cost_of
-from elastic_jax.evaluate.summary import format_table, gap_closed, human, summary_rows
+from elastic_jax.evaluate.summary import format_table, format_widths, gap_closed, human, summary_rows
 from tests.evaluate.synthetic import ARCHS, PARENT, SCORES
 
 
@@ -61,8 +61,9 @@ def test_table_is_aligned_and_complete():
     assert '2.3000' in small and '5.0000' in small and small.endswith('90 %')
     assert f'{100 * cost.parameters / cost_of(PARENT, 256).parameters:.0f} %' in small
     assert next(line for line in table if line.startswith('parent')).split()[-1] == '2.0000'
-    assert 'small   embed=64,' in lines[-1] and 'mlp@' in lines[-1]
-    assert max(map(len, lines[:6])) <= 100, 'fits a terminal'
+    widths = ''.join(lines[7:]).replace(' ', '')
+    assert widths == ''.join(f'{row["name"]}{format_widths(row["widths"])}' for row in rows) and 'mlp@' in widths
+    assert max(map(len, lines)) <= 100, 'fits a terminal'
 
 
 def test_table_of_a_run_that_diverged():
