@@ -8,7 +8,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `import elastic_jax` (and the command's --help) stays quick.
-    if name in ('open_checkpoint', 'Checkpoint', 'Model'):
+    if name in ('open_checkpoint', 'Checkpoint', 'Model', 'Sampling'):
         from elastic_jax import api
 
         return getattr(api, name)

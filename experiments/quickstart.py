@@ -50,7 +50,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.stages.long = stage('elastic', 40, 1024, 2, probabilities={'full': 0.5, 'mid': 0.3, 'small': 0.2})
     config.calibrate.update({'batches': 8, 'batch_size': 8, 'context': 256, 'layer_batches': 0})
     config.eval.update({'batches': 12, 'batch_size': 8, 'context': 256})
-    config.samples.prompts = ('def read(self, ', 'import os\n')
+    # Greedily a model this small soon writes nothing but spaces.
+    config.samples.update({'prompts': ('def read(self, ', 'import os\n'), 'temperature': 0.7})
     config.checkpoint.update({'every': 150, 'keep': 2})
     if arg == 'smoke':
         config.arch.pattern = 'ME*-'

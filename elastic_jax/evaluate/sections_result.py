@@ -191,4 +191,7 @@ def samples(log: RunLog) -> str:
             text = f'<mark>{html.escape(prompt)}</mark>{html.escape(line["text"])}'
             colour = budget_colour(log.budgets, line['budget'])
             body += f'<div class="sample {colour}"><b>{html.escape(line["budget"])}</b><pre>{text}</pre></div>'
-    return section('Samples', f'<div class="samples">{body}</div>', 'Greedy continuations of the same prompts, in bold.')
+    temperature = log.config.get('samples', {}).get('temperature', 0.0)
+    how = f'drawn at temperature {temperature:g}, with the same seed' if temperature else 'greedy'
+    note = f'What each size writes after the same prompts (in bold), {how}.'
+    return section('Samples', f'<div class="samples">{body}</div>', note)

@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
     config.eval = ConfigDict({'every': 0, 'batches': 8, 'batch_size': 8, 'context': 256})
     # More evaluators, run with the evaluation above for every budget: name -> {'data': FILE} or {'task': FILE} (evaluators.py).
     config.evaluators = ConfigDict(convert_dict=False)
-    config.samples = ConfigDict({'prompts': (), 'tokens': 120})
+    config.samples = ConfigDict({'prompts': (), 'tokens': 120, 'temperature': 0.0})
     config.log_every = 10
     # Weights & Biases: off without a project. TensorBoard's files are always written.
     config.wandb = ConfigDict({'project': '', 'entity': '', 'mode': 'online'})

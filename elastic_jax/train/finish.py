@@ -18,6 +18,7 @@ from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.resident import weights_of
+from elastic_jax.infer.sampling import Sampling
 from elastic_jax.metrics import MetricsWriter, read_metrics
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
@@ -101,12 +102,13 @@ class Evaluator:
         self.writer.write('final', at.step, rows=rows, parent=parent)
         self.run_more(at, 'final')
         for name, arch in at.archs.items():
-            prompts = list(self.plan.config.samples.prompts)
+            samples = self.plan.config.samples
+            prompts, sampling = list(samples.prompts), Sampling(samples.temperature)
             # Of several processes none has a whole slice to write with: `elastic generate` does it from the checkpoint.
             if prompts and jax.process_count() == 1:
                 sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
                 weights = weights_of(sliced, arch, self.plan.layout)
-                completions = generate(weights, self.plan.tokenizer, prompts, max_tokens=self.plan.config.samples.tokens)
+                completions = generate(weights, self.plan.tokenizer, prompts, samples.tokens, sampling)
                 for prompt, completion in zip(prompts, completions, strict=True):
                     self.writer.write('samples', at.step, budget=name, prompt=prompt, text=completion.text)
         return {name: _brief(score) for name, score in after.items()}
