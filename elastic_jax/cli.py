@@ -15,7 +15,7 @@ from typing import Any
 from elastic_jax.arch import unknown_name
 from elastic_jax.checkpoint.quiet import quiet_failures
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.verbs import cache_teacher, data, eval, generate, import_, inspect, plan, report, serve, slice, train
+from elastic_jax.verbs import cache_teacher, data, eval, generate, import_, inspect, pareto, plan, report, serve, slice, train
 
 # In the order in which they are used.
 VERBS = {
@@ -25,6 +25,7 @@ VERBS = {
     'eval': eval,
     'generate': generate,
     'serve': serve,
+    'pareto': pareto,
     'slice': slice,
     'report': report,
     'import': import_,
@@ -48,6 +49,8 @@ The usual path:
     elastic generate --checkpoint runs/quickstart --budget small --prompt 'def '
   every size over HTTP, as OpenAI serves models
     elastic serve --checkpoint runs/quickstart
+  the best sizes between the budgets, against any cost
+    elastic pareto --checkpoint runs/quickstart --out out/pareto
   one size as a checkpoint of its own
     elastic slice --checkpoint runs/quickstart --budget small --out out/small
   report.html and pareto.png

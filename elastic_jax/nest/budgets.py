@@ -65,7 +65,7 @@ def make_grid(
     for name, values in choices.items():
         by_block = parent.layer_widths(name)
         full = {'embed': parent.embed, 'layers': parent.layers}.get(name) or max(by_block.values())
-        step = _step(parent, name, layout, multiple)
+        step = axis_step(parent, name, layout, multiple)
         widths = sorted({_width(name, value, full, step) for value in values} | {full}, reverse=True)
         for width in widths:
             layout.check(parent.narrow({name: width}))
@@ -73,7 +73,8 @@ def make_grid(
     return tuple(grid)
 
 
-def _step(parent: Arch, name: str, layout: Layout, multiple: int) -> int:
+def axis_step(parent: Arch, name: str, layout: Layout, multiple: int) -> int:
+    """What the widths of an axis are multiples of: Mamba's groups, the layout's G, times `multiple` for channels."""
     mixers = [parent.mixers[i] for i in parent.layer_widths(name)]
     if name == 'mamba_heads':
         return max(mixer.groups for mixer in mixers)
