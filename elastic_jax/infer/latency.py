@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from elastic_jax.arch import AXES, LAYER_AXES, Arch, Mixer
+from elastic_jax.arch import AXES, Arch, Mixer
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.infer.decoding import PIECE, advance, empty_state, requests_of
 from elastic_jax.infer.resident import Weights, weights_of
@@ -31,6 +31,7 @@ from elastic_jax.infer.sampling import Sampling
 from elastic_jax.layout import Layout
 from elastic_jax.model.params import layer_name
 from elastic_jax.nest.budgets import Grid
+from elastic_jax.nest.masks import axis_sizes
 from elastic_jax.nest.slice import slice_params
 
 FORMAT = 1
@@ -186,7 +187,7 @@ class LatencyTable:
         """Axis -> the widths to measure, of the axes that shrink."""
         own = {'embed': self.parent.embed}
         if mixer is not None:
-            own |= {axis.name: getattr(mixer, axis.field) for axis in LAYER_AXES if isinstance(mixer, axis.kind)}
+            own |= axis_sizes(mixer)
         reach = {axis: sorted({min(width, full) for width in self._widths.get(axis, (full,))}) for axis, full in own.items()}
         reach = {axis: widths for axis, widths in reach.items() if len(widths) > 1}
         three = {axis: tuple(sorted({widths[0], widths[len(widths) // 2], widths[-1]})) for axis, widths in reach.items()}
