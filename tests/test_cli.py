@@ -82,10 +82,13 @@ def test_generate_is_deterministic_and_differs_between_seeds(capsys, finished_ru
 def test_drafts_of_a_smaller_size_leave_the_text_as_it_is(capsys, finished_run):
     common = ('generate', '--checkpoint', finished_run, '--prompt', 'x = ', '--max-tokens', 12, '--json')
     plain = json.loads(run(capsys, *common)[1])
-    status, out, err = run(capsys, *common, '--draft', 'small', '--drafts', 3)
+    status, out, err = run(capsys, *common, '--draft', 'small', '--drafts', 3, '--compare')
     drafted = json.loads(out)
     assert status == 0 and drafted['text'] == plain['text'] and drafted['seconds'] > 0
     assert drafted['speculation']['drafted'] == 3 * drafted['speculation']['rounds'] and 'drafts kept' in err
+    assert drafted['speculation']['plain_text'] == plain['text'] and 'x the tokens per second of plain' in err
+    status, _, err = run(capsys, *common, '--compare')
+    assert status == 2 and '--draft' in err
 
 
 def test_one_size_thinks_and_another_answers(capsys, finished_run):

@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     speculation = parser.add_argument_group('self-speculative decoding: the same text, in fewer passes of the larger size')
     speculation.add_argument('--draft', metavar='BUDGET', help='the smaller size that drafts for --budget')
     speculation.add_argument('--drafts', type=int, default=4, help='tokens drafted in a round (default: 4)')
+    speculation.add_argument(
+        '--compare', action='store_true', help='decode without drafts too, and say how much faster drafts are'
+    )
     control = parser.add_argument_group('budget control')
     control.add_argument('--think', metavar='BUDGET', help='the size that thinks')
     control.add_argument('--answer', metavar='BUDGET', help='the size that answers')
@@ -65,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
         result, shown = _think(arguments, checkpoint, sampling)
     else:
+        if arguments.compare and not arguments.draft:
+            raise UserError('--compare sets drafts against plain decoding; name the size that drafts with --draft')
         result, shown = _continue(arguments, checkpoint, sampling)
     print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
@@ -82,15 +87,30 @@ def _continue(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> 
         'stop': arguments.stop,
         'seeds': arguments.seed,
     }
-    clock, speculation = Clock(), {}
+    prompts, result = [arguments.prompt], {}
     if arguments.draft:
-        (done,), tally = sizes.speculate([arguments.prompt], budget, arguments.draft, arguments.drafts, **options)
-        speculation = {'speculation': tally.to_json()}
-        print(f'{tally.acceptance:.0%} of {tally.drafted} drafts kept', file=sys.stderr)
+        speculate = lambda: sizes.speculate(prompts, budget, arguments.draft, arguments.drafts, **options)
+        if arguments.compare:
+            speculate()  # the times of two ways compare once both have run before
+        clock = Clock()
+        (done,), tally = speculate()
+        seconds, said = clock.seconds(), f'{tally.acceptance:.0%} of {tally.drafted} drafts kept'
+        result['speculation'] = tally.to_json()
+        if arguments.compare:
+            sizes.generate(prompts, budget, **options)
+            clock = Clock()
+            (plain,) = sizes.generate(prompts, budget, **options)
+            # Sampled texts differ in length: what compares is the time of a token.
+            faster = (clock.seconds() / max(len(plain.tokens), 1)) / (seconds / max(len(done.tokens), 1))
+            result['speculation'] |= {'plain_text': plain.text, 'speed_over_plain': faster}
+            said += f'; {faster:.2f} x the tokens per second of plain decoding'
+        print(said, file=sys.stderr)
     else:
-        (done,) = sizes.generate([arguments.prompt], budget, **options)
-    result = {'text': done.text, 'finish': done.finish, 'tokens': len(done.tokens), 'seconds': clock.seconds()}
-    return {**result, **speculation, 'memory': sizes.memory()}, done.text
+        clock = Clock()
+        (done,) = sizes.generate(prompts, budget, **options)
+        seconds = clock.seconds()
+    text = {'text': done.text, 'finish': done.finish, 'tokens': len(done.tokens), 'seconds': seconds}
+    return {**text, **result, 'memory': sizes.memory()}, done.text
 
 
 def _think(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tuple[dict[str, Any], str]:
