@@ -1,9 +1,11 @@
 """The face for Python and Colab: open a checkpoint, load any size of it, and use it.
 
+import elastic_jax
+
 ckpt = elastic_jax.open_checkpoint('runs/quickstart')
 print(ckpt.budgets)
 model = ckpt.load('small')
-print(model.generate('import '))
+print(model.generate('import ', max_tokens=60))
 """
 
 from __future__ import annotations

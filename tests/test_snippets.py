@@ -7,6 +7,7 @@ from textwrap import indent
 
 import pytest
 
+from elastic_jax import api
 from elastic_jax.cli import PATH_THROUGH, VERBS, parse
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +72,7 @@ def test_bash_blocks_have_only_flags_and_files_that_exist(text):
     assert any(known) or 'pip install' in text, f'nothing of this project in: {text}'
 
 
-@pytest.mark.parametrize('text', cases('python'))
+@pytest.mark.parametrize('text', [*cases('python'), pytest.param(api.__doc__.partition('\n\n')[2], id='api.py')])
 def test_python_blocks_run(text, finished_run, tmp_path, monkeypatch):
     (tmp_path / 'runs').mkdir()
     (tmp_path / 'runs' / 'quickstart').symlink_to(finished_run)
