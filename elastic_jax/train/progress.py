@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 
@@ -21,9 +22,11 @@ class RunProgress:
     """
 
     def __init__(self, work_by_stage: Mapping[str, float], enabled: bool = True):
-        # Notebooks show stderr in red, and rich's live display there fails where ipywidgets is not installed.
-        self.console = Console(stderr=not in_notebook(), highlight=False, force_jupyter=False)
-        self.enabled, self.live = enabled, self.console.is_terminal
+        # Notebooks show stderr in red, and rich's live display there fails where ipywidgets is not installed. Rich takes anything
+        # for a terminal where FORCE_COLOR is set, as it is in every notebook.
+        notebook = in_notebook()
+        self.enabled, self.live = enabled, sys.stderr.isatty() and not notebook
+        self.console = Console(stderr=not notebook, highlight=False, force_jupyter=False, force_terminal=self.live)
         self.work, self.done = dict(work_by_stage), dict.fromkeys(work_by_stage, 0.0)
         self.speed, self.last_logged = 0.0, 0.0
         self.bar = Progress(

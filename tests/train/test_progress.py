@@ -8,6 +8,7 @@ from elastic_jax.train import progress
 @pytest.mark.parametrize('notebook', [False, True], ids=['log', 'notebook'])
 def test_without_a_terminal_there_are_plain_lines_now_and_then(capsys, monkeypatch, notebook):
     monkeypatch.setattr(progress, 'in_notebook', lambda: notebook)
+    monkeypatch.setenv('FORCE_COLOR', '1')  # as ipykernel does
     monkeypatch.setenv('COLUMNS', '20')
     with progress.RunProgress({'short': 1.0, 'long': 3.0}) as shown:
         shown.say('parent: [1.2M] parameters')
