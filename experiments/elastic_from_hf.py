@@ -39,7 +39,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.name = 'elastic_from_hf'
     config.parent.checkpoint = checkpoint
     config.budgets = ConfigDict({'full': 1.0, **shares})
-    config.choice_multiple = 128 if parent.embed >= 1024 else 8
+    if parent.embed < 1024:
+        config.choice_multiple = 8
     config.choices.update({'embed': _embeds(parent, config.choice_multiple)})
     own = {axis.name for axis in parent.axes()}
     config.choices.update({axis: SHARES for axis in AXES if axis in own})

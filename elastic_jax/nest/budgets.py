@@ -15,6 +15,10 @@ from elastic_jax.arch import AXES, Arch, unknown_name
 from elastic_jax.errors import UserError
 from elastic_jax.layout import FLAT, Layout
 
+# The axes of channels, which matmuls see in tiles; heads and experts are whole tiles themselves, or none.
+CHANNELS = ('embed', 'mlp', 'expert_width', 'shared_width')
+FEW = 4
+
 Metric = Callable[[Arch, Sequence[Any] | None], Any]
 
 
@@ -52,7 +56,8 @@ def make_grid(
     Args:
       choices: axis -> widths, or shares of the parent's width (floats up to 1.0), rounded to whole multiples.
       per_layer: the axes that every block chooses for itself.
-      multiple: rounds shares of channel axes up to a multiple of it (times G where the axis is blocked): the tile of the chip.
+      multiple: rounds shares of channel axes to a multiple of it (times G where the axis is blocked): the tile of the chip.
+        Where the parent's own width holds fewer than FEW of them, it does not count: so small a model is not bound by tiles.
     Raises: UserError for an unknown axis, an axis the parent does not have, or a width that does not nest.
     """
     own = [axis.name for axis in parent.axes()]
@@ -79,7 +84,8 @@ def axis_step(parent: Arch, name: str, layout: Layout, multiple: int) -> int:
     if name == 'mamba_heads':
         return max(mixer.groups for mixer in mixers)
     blocks = max((layout.blocks(name, mixer) for mixer in mixers), default=1)
-    return blocks * (multiple if name in ('embed', 'mlp', 'expert_width', 'shared_width') else 1)
+    full = parent.embed if name == 'embed' else max(parent.layer_widths(name).values(), default=0)
+    return blocks * multiple if name in CHANNELS and full >= FEW * blocks * multiple else blocks
 
 
 def _width(name: str, value: float | int, full: int, step: int) -> int:

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from elastic_jax.arch import unknown_name
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.plan.advice import changes
+from elastic_jax.plan.alignment import Misaligned, misaligned
 from elastic_jax.plan.chips import Topology, topology_devices
 from elastic_jax.plan.compiled import Compiled, compile_program
-from elastic_jax.plan.programs import Candidate, candidates
+from elastic_jax.plan.programs import Candidate, budget_archs, candidates
 from elastic_jax.train.setup import make_plan
 
 
@@ -29,12 +30,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run on a topology. `changes` says what would make it fit where it does not."""
+    """A run on a topology. `changes` says what would make it fit where it does not; `misaligned` is what tiles do not divide."""
 
     topology: Topology
     mesh: dict[str, int]
     rows: tuple[Row, ...]
     changes: tuple[str, ...]
+    misaligned: tuple[Misaligned, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -59,6 +61,7 @@ class Planned:
             'compile_seconds': {name: round(one.compile_seconds, 1) for name, one in done},
             'problems': {row.name: row.problem for row in self.rows if row.problem},
             'changes': list(self.changes),
+            'misaligned': [width.to_json() for width in self.misaligned],
         }
 
 
@@ -84,7 +87,8 @@ def plan_run(
         progress(f'compiling {name} for {topology}')
         rows.append(_compile(found[name], target.hbm_bytes))
     advice = {change: None for row in rows for change in changes(row.name, row.compiled, plan, place)}
-    return Planned(target, dict(place.mesh.shape), tuple(rows), tuple(advice))
+    widths = misaligned(budget_archs(plan), plan.layout, plan.stages[-1].context)
+    return Planned(target, dict(place.mesh.shape), tuple(rows), tuple(advice), widths)
 
 
 def _compile(candidate: Candidate, capacity: int) -> Row:

@@ -20,6 +20,8 @@ def show(planned: Planned) -> str:
     if done:
         lines += [f'GiB per chip, of {capacity:g}', *_memory(done), '', 'per chip and step', *_work(done), '']
         lines += ['collectives per chip and step: how many, GB', *_collectives(done), '']
+    if planned.misaligned:
+        lines += ['widths that are no whole tiles, and what computing them as whole ones costs', *_misaligned(planned), '']
     lines += [f'{row.name}: {row.problem}' for row in planned.rows if row.problem]
     lines.append('fits' if planned.fits else 'does not fit')
     return '\n'.join([*lines, *(f'  {change}' for change in planned.changes)])
@@ -48,6 +50,11 @@ def _collectives(rows: list[Row]) -> Iterator[str]:
         found = row.compiled.collectives
         body.append([row.name, *('' if found is None else _amount(found[kind].count, found[kind].bytes) for kind in KINDS)])
     return aligned(body)
+
+
+def _misaligned(planned: Planned) -> Iterator[str]:
+    body = [[one.budget, one.axis, str(one.width), str(one.aligned), f'+{one.extra_flops:.1%}'] for one in planned.misaligned]
+    return aligned([['budget', 'axis', 'width', 'whole tiles', 'FLOPs'], *body])
 
 
 def _amount(count: int, size: int) -> str:

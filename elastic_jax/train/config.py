@@ -35,7 +35,8 @@ def default_config() -> ConfigDict:
     # Axis -> the widths (or shares of the parent's width) the router chooses among; `per_layer` axes differ by block.
     config.choices = ConfigDict(convert_dict=False)
     config.per_layer = ()
-    config.choice_multiple = 1
+    # Shares of channel axes are rounded to the accelerator's tile (in models of which a width holds at least four).
+    config.choice_multiple = 128
     config.router = ConfigDict(
         {
             'lr': 1e-2,

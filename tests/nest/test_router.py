@@ -170,9 +170,11 @@ def test_the_full_budget_is_anchored_and_the_dead_zone_is_free():
 
 
 def test_shares_are_rounded_to_the_layout_and_the_tile():
-    grid = make_grid(PARENT, {'mlp': (0.7,), 'embed': (0.6,)}, layout=BLOCKED, multiple=8)
-    widths = {choices.axis: choices.widths for choices in grid}
-    assert widths == {'mlp': (48, 32), 'embed': (32, 16)}  # 33.6 to a multiple of 16, 19.2 to one of 8
+    shares = {'mlp': (0.7,), 'embed': (0.6,)}
+    widths = lambda tile: {choices.axis: choices.widths for choices in make_grid(PARENT, shares, layout=BLOCKED, multiple=tile)}
+    assert widths(4) == {'mlp': (48, 32), 'embed': (32, 20)}  # 33.6 to a multiple of 8, 19.2 to one of 4
+    assert widths(8) == {'mlp': (48, 34), 'embed': (32, 16)}  # 48 is only three times 16
+    assert widths(128) == widths(1) == {'mlp': (48, 34), 'embed': (32, 19)}
     assert make_grid(GROUPED_MOE, {'experts': (0.5,)})[0].widths == (16, 8)
 
 

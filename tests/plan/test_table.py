@@ -8,6 +8,7 @@ import pytest
 from elastic_jax.errors import UserError
 from elastic_jax.hlo_cost import KINDS, Collective
 from elastic_jax.plan.advice import changes
+from elastic_jax.plan.alignment import Misaligned
 from elastic_jax.plan.chips import GIB, Topology, topology_devices
 from elastic_jax.plan.compiled import Compiled, bytes_wanted
 from elastic_jax.plan.planner import Planned, Row
@@ -47,6 +48,13 @@ def test_the_table_shows_memory_work_and_collectives():
     assert rows[1] == ['short', '1', '2', '5', '61']
     assert rows[2] == ['short', '3,', '2', '-', '-', '-', '-']
     assert lines[-1] == 'fits'
+
+
+def test_misaligned_widths_are_in_the_table_and_in_the_json():
+    one = Misaligned('small', 'embed', 2240, 128, 2304, 0.0261)
+    found = dataclasses.replace(planned(Row('short', 1e12, STEP)), misaligned=(one,))
+    assert ['small', 'embed', '2240', '2304', '+2.6%'] in [line.split() for line in show(found).splitlines()]
+    assert found.to_json()['misaligned'][0]['extra_flops'] == 0.0261
 
 
 def test_only_what_the_run_itself_needs_decides_whether_it_fits():
