@@ -99,9 +99,9 @@ class Frontier:
         text = io.StringIO()
         names = [field.name for field in dataclasses.fields(FrontierRow)]
         writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(names)
+        writer.writerow([*names, 'cost_of'])
         for row in self.rows:
-            values = [getattr(row, name) for name in names]
+            values = [*(getattr(row, name) for name in names), self.cost]
             writer.writerow(['' if value is None else int(value) if isinstance(value, bool) else value for value in values])
         return text.getvalue()
 

@@ -123,6 +123,8 @@ font-size:.74rem;color:var(--soft);max-width:100%;overflow:hidden;white-space:no
 .dot{position:absolute;width:.85rem;height:.85rem;border-radius:50%;background:var(--c);border:2px solid var(--card);
 transform:translate(-50%,50%)}
 .dot.open{background:var(--card);border:2px solid var(--c);width:.75rem;height:.75rem}
+.dot.any{--c:var(--soft);width:.7rem;height:.7rem}.dot.other{opacity:.35;width:.6rem;height:.6rem}
+.dot.square{border-radius:2px;background:var(--card);border:2px solid var(--ink);width:.75rem;height:.75rem}
 .dot.p{border-radius:2px;transform:translate(-50%,50%) rotate(45deg);width:.7rem;height:.7rem}
 .value{position:absolute;font-size:.84rem;font-weight:600;line-height:1;margin:0 0 .6rem .5rem}
 .value.under{transform:translateY(100%);margin-bottom:-.6rem}

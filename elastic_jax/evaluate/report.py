@@ -5,22 +5,27 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Mapping
 
 from etils import epath
 
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.evaluate import sections_result, sections_time, sections_training
+from elastic_jax.evaluate import sections_evidence, sections_result, sections_time, sections_training
 from elastic_jax.evaluate.page import page, section
 from elastic_jax.evaluate.pareto import pareto_png
-from elastic_jax.evaluate.run_log import RunLog, read_run
+from elastic_jax.evaluate.run_log import RunLog, read_run, with_baselines
 
 SECTIONS = (
     sections_result.headline,
     sections_result.cards,
     sections_result.quality,
     sections_result.result_table,
+    sections_evidence.costs,
+    sections_evidence.baselines,
+    sections_evidence.any_size,
     sections_result.nested_widths,
     sections_training.losses,
+    sections_evidence.evaluators,
     sections_training.frozen_widths,
     sections_training.router,
     sections_training.experts,
@@ -30,14 +35,15 @@ SECTIONS = (
 )
 
 
-def write_report(workdir: epath.PathLike) -> epath.Path:
+def write_report(workdir: epath.PathLike, baselines: Mapping[str, epath.PathLike] | None = None) -> epath.Path:
     """Writes `report.html` (and `pareto.png` once budgets are scored) and returns the page's path.
 
+    `baselines`: workdirs of other runs by name, whose trained budgets stand beside this run's.
     Works on a run in progress: what is not there yet is said. Raises UserError when the workdir holds no run or its files are
     damaged, WorkError when the report cannot be written.
     """
     workdir = epath.Path(workdir)
-    log = read_run(workdir)
+    log = with_baselines(read_run(workdir), baselines or {})
     try:
         body = ''.join(build(log) for build in SECTIONS) + _config(log)
         picture = _picture(log)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,13 +33,21 @@ class StageSpan:
 
 @dataclasses.dataclass(frozen=True)
 class RunLog:
-    """A run read from its workdir. `lines` holds the metrics by kind, in order; `damaged` says what could not be read."""
+    """A run read from its workdir.
+
+    Attributes:
+      lines: the metrics by kind, in order. damaged: what could not be read.
+      frontier: the candidates of `elastic pareto` in WORKDIR/pareto.
+      baselines: the trained budgets of other runs, each with the tokens of its run.
+    """
 
     name: str
     config: Mapping[str, Any]
     stages: tuple[StageSpan, ...]
     lines: Mapping[str, Sequence[Line]]
     damaged: tuple[str, ...] = ()
+    frontier: tuple[Line, ...] = ()
+    baselines: Mapping[str, Line] = dataclasses.field(default_factory=dict)
 
     def of(self, kind: str) -> Sequence[Line]:
         return self.lines.get(kind, ())
@@ -67,6 +77,11 @@ class RunLog:
         return self.stages[-1].end if self.stages else 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all stages."""
+        return sum((stage.end - stage.start) * stage.context * stage.batch_size for stage in self.stages)
+
+    @property
     def current_stage(self) -> StageSpan | None:
         """The stage of the next step; none once all are done."""
         return next((stage for stage in self.stages if self.step < stage.end), None)
@@ -83,6 +98,7 @@ def read_run(workdir: epath.PathLike) -> RunLog:
         damaged: list[str] = []
         for line in read_metrics(workdir, damaged.append):
             lines.setdefault(line['kind'], []).append(_numbers(line))
+        frontier = _frontier(workdir / 'pareto' / 'frontier.csv')
     except UnicodeDecodeError as error:
         raise UserError(f'{workdir} has a config that is not text ({error}); restore the file') from error
     except json.JSONDecodeError as error:
@@ -90,9 +106,41 @@ def read_run(workdir: epath.PathLike) -> RunLog:
     except OSError as error:
         raise UserError(f'cannot read {workdir}: {error}; check the path and its permissions') from error
     try:
-        return RunLog(str(config.get('name', workdir.name)), config, _stages(config), lines, tuple(damaged))
+        return RunLog(str(config.get('name', workdir.name)), config, _stages(config), lines, tuple(damaged), frontier)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{workdir}/config.json is not the config of a training run ({error!r}); restore it') from error
+
+
+def with_baselines(log: RunLog, workdirs: Mapping[str, epath.PathLike]) -> RunLog:
+    """The run with the budgets that other runs trained, each under the name given to its run.
+
+    Raises: UserError when one of them is no finished run.
+    """
+    found: dict[str, Line] = {}
+    for name, workdir in workdirs.items():
+        other = read_run(workdir)
+        if not other.final:
+            raise UserError(f'the baseline {name} in {workdir} has no result yet; let its run end first')
+        stages = [other.config['stages'][stage] for stage in other.config['curriculum']]
+        given = [dict(stage.get('probabilities', {})) for stage in stages if stage['kind'] == 'elastic']
+        trained = lambda budget, given=given: not given or any(not own or own.get(budget) for own in given)
+        for row in other.final['rows']:
+            if trained(row['name']):
+                full_name = name if len(other.final['rows']) == 1 else f'{name}: {row["name"]}'
+                found[full_name] = row | {'tokens': other.tokens}
+    return dataclasses.replace(log, baselines=found)
+
+
+def _frontier(path: epath.Path) -> tuple[Line, ...]:
+    """The rows of a frontier.csv; none where there is no such file."""
+    if not path.exists():
+        return ()
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        numbers = ('cost', 'bits_per_byte')
+        return tuple(row | {key: float(row[key]) for key in numbers} | {'frontier': row['frontier'] == '1'} for row in rows)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f'{path} is no frontier of elastic pareto ({error!r}); write it again, or delete it') from error
 
 
 def _stages(config: Mapping[str, Any]) -> tuple[StageSpan, ...]:

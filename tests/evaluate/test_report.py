@@ -9,7 +9,7 @@ import pytest
 
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.evaluate.report import write_report
-from tests.evaluate.synthetic import ARCHS, PARTS, STEPS, write_run
+from tests.evaluate.synthetic import ARCHS, PARTS, SCORES, STEPS, evaluated, write_frontier, write_run
 
 VOID = {'meta', 'br', 'wbr', 'img', 'path', 'rect', 'link', 'input', 'hr'}
 
@@ -122,6 +122,44 @@ def test_time_is_summed_over_processes_and_speeds_are_said_per_stage(done):
     assert text.count('2.5T') == len(STEPS) and text.count('40.0 %') == len(STEPS)
     for name in STEPS:
         assert name in text
+
+
+def test_evaluators_have_their_last_scores_and_their_course(done):
+    workdir, _, page = done
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    own = [line for line in lines if line['kind'] == 'evaluator' and line['evaluator'] == 'sums' and line['budget'] == 'mid']
+    text = page.sections['Evaluators']
+    assert f'{100 * own[-1]["scores"]["accuracy"]:.1f} %' in text and 'chance 25 %' in text
+    notes = [line['scores'] for line in lines if line['kind'] == 'evaluator' and line['evaluator'] == 'notes']
+    assert all(f'{score["bits_per_byte"]:.4f}' in text for score in notes[-len(ARCHS) :])
+    charts = [json.loads(data) for data in page.data if data.startswith('{')]
+    course = [line['scores']['accuracy'] for line in own]
+    assert any(pytest.approx(course, rel=1e-3) == series['y'] for chart in charts for series in chart['series'])
+    assert evaluated('small', 2.0)['sums']['accuracy'] > evaluated('full', 2.0)['sums']['accuracy']
+
+
+def test_sizes_in_between_and_baselines_stand_beside_the_budgets(tmp_path):
+    workdir, other = write_run(tmp_path / 'run'), write_run(tmp_path / 'other')
+    rows = write_frontier(workdir)
+    page = Page(write_report(workdir, {'alone': other}).read_text())
+    tips = [value for _, name, value in page.attributes if name == 'data-tip']
+    for row in rows:
+        assert any(row['widths'] in tip and f'{float(row["bits_per_byte"]):.4f}' in tip for tip in tips), row
+        assert (row['widths'] in page.sections['Any size in between'].replace(' ', '')) == (row['frontier'] == '1')
+    beside = page.sections['Beside models trained otherwise']
+    for name, (_, score) in SCORES.items():
+        assert f'alone: {name}' in beside and f'{score:.4f}' in beside
+    assert '+0.0000' in beside, 'the other run is the same'
+    tokens = sum(steps * (1024 if name == 'long' else 256) * 8 for name, steps in STEPS.items())
+    assert f'{tokens / 1e6:.4g}M' in beside
+    for label in ('active parameters', 'FLOPs per token'):
+        assert label in page.sections['Quality against cost']
+    unfinished = write_run(tmp_path / 'unfinished', 'short')
+    with pytest.raises(UserError, match=r'baseline x in .*unfinished has no result yet'):
+        write_report(workdir, {'x': unfinished})
+    (workdir / 'pareto' / 'frontier.csv').write_text('cost\n1\n')
+    with pytest.raises(UserError, match=r'frontier\.csv is no frontier'):
+        write_report(workdir)
 
 
 def test_text_of_the_run_cannot_become_markup(done, tmp_path):
