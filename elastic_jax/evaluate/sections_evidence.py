@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from elastic_jax.evaluate.charts import Points, Scale, Series, fit, lines, plot, short
 from elastic_jax.evaluate.page import budget_colour, legend, section, table
@@ -19,14 +19,14 @@ HEADLINES = {'exact_match': True, 'accuracy': True, 'bits_per_byte': False}
 
 
 def costs(log: RunLog) -> str:
-    """Bits per byte against every other cost, with the baselines."""
+    """Bits per byte against what else a size costs."""
     if not log.final or not math.isfinite(log.final['parent']['bits_per_byte']):
         return ''
     figures = ''
     for cost, label in COSTS.items():
         every = [*log.final['rows'], log.final['parent']]
         if any(row[cost] != row['parameters'] for row in every):  # without experts every parameter is active
-            figures += f'<figure><h3>{label}</h3>{_against(log, cost, label, human)}</figure>'
+            figures += f'<figure><h3>{label}</h3>{_against(log, cost, label)}</figure>'
     if not figures:
         return ''
     keys = legend(
@@ -35,7 +35,7 @@ def costs(log: RunLog) -> str:
     return section('Quality against cost', f'{keys}<div class="pair">{figures}</div>', 'Held-out bits per byte; lower is better.')
 
 
-def _against(log: RunLog, cost: str, label: str, text_of: Callable[[float], str]) -> str:
+def _against(log: RunLog, cost: str, label: str) -> str:
     parent = log.final['parent']
     rows = sorted(drawable(log.final['rows']), key=lambda row: row[cost])
     points = [(row['name'], budget_colour(log.budgets, row['name']), row) for row in rows] + [('parent', 'p', parent)]
@@ -45,9 +45,9 @@ def _against(log: RunLog, cost: str, label: str, text_of: Callable[[float], str]
     marks = f'<path class="level" d="M0 {100 - y.at(parent["bits_per_byte"]):.2f}H100"/><path class="frontier" d="{path}"/>'
     over = ''
     for name, colour, row in points:
-        tip = f'{name}: {text_of(row[cost])}, {percent(row[cost] / parent[cost])} of the parent’s, {row["bits_per_byte"]:.4f}'
+        tip = f'{name}: {human(row[cost])}, {percent(row[cost] / parent[cost])} of the parent’s, {row["bits_per_byte"]:.4f}'
         over += _dot(x, y, row[cost], row['bits_per_byte'], colour, tip)
-    ticks = [(tick, text_of(tick)) for tick in x.ticks(4)]
+    ticks = [(tick, human(tick)) for tick in x.ticks(4)]
     return plot(marks, x, y, f'held-out bits per byte against {label}', y_label='bits per byte', over=over, x_ticks=ticks)
 
 
@@ -63,18 +63,21 @@ def baselines(log: RunLog) -> str:
     """Models that were trained otherwise, beside the budgets nearest to them in size."""
     if not log.final or not log.baselines:
         return ''
-    rows = drawable(log.final['rows'])
-    every = [*log.baselines.values(), *rows, log.final['parent']]
+    rows, parent = drawable(log.final['rows']), log.final['parent']
+    if not rows:
+        return ''
+    every = drawable([*log.baselines.values(), *rows, parent])
     sizes = [row['parameters'] for row in every]
     x = fit(sizes, log=max(sizes) > 8 * min(sizes), pad=0.12)
     y = fit([row['bits_per_byte'] for row in every], pad=0.15)
     path = _path([(row['parameters'], row['bits_per_byte']) for row in frontier(rows)], x, y)
     over, cells = '', []
-    for row in [*rows, log.final['parent']]:
-        colour = budget_colour(log.budgets, row['name']) if row is not log.final['parent'] else 'p'
+    for row in [*rows, *drawable([parent])]:
+        colour = budget_colour(log.budgets, row['name']) if row is not parent else 'p'
         over += _dot(x, y, row['parameters'], row['bits_per_byte'], colour, f'{row["name"]}: {row["bits_per_byte"]:.4f}')
     for name, row in log.baselines.items():
-        place = f'style="left:{x.at(row["parameters"]):.2f}%;bottom:{y.at(row["bits_per_byte"]):.2f}%"'
+        score = row['bits_per_byte'] if math.isfinite(row['bits_per_byte']) else y.high
+        place = f'style="left:{x.at(row["parameters"]):.2f}%;bottom:{y.at(score):.2f}%"'
         over += f'<i class="dot square" {place} data-tip="{html.escape(name)}: {row["bits_per_byte"]:.4f}"></i>'
         over += f'<span class="beside" {place}>{html.escape(name)}</span>'
         tokens = short(row['tokens'])
@@ -98,7 +101,7 @@ def baselines(log: RunLog) -> str:
     head = ('baseline', 'parameters', 'tokens', 'bits/byte', 'nested size', 'bits/byte', 'nested − baseline')
     keys = legend([(row['name'], budget_colour(log.budgets, row['name']), 1.0) for row in rows])
     note = (
-        'Squares are models of other runs, scored on the held-out text of their own; tokens are those of all stages of such a run. '
+        'Squares are models of other runs, scored on the held-out text of their own; tokens are those of all its stages. '
         f'This run had {short(log.tokens)} for all its budgets together. Below zero the nested size is better.'
     )
     return section('Beside models trained otherwise', keys + chart + table(head, cells), note)
