@@ -30,10 +30,10 @@ from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.restore import restore_slice
-from elastic_jax.checkpoint.stored import keep_files, read_manifest, step_directory, tokenizer_folder
+from elastic_jax.checkpoint.stored import read_manifest, step_directory, tokenizer_folder
 from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
-from elastic_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
@@ -263,9 +263,7 @@ class Checkpoint:
             dtypes={**self.manifest.dtypes, **({'params': str(dtype)} if dtype else {})},
             extra={**self.manifest.extra, 'sliced_from': os.fspath(self.path), 'sliced_budget': budget or ''},
         )
-        save_lazily(out, params, manifest)
-        if tokenizer:
-            keep_files(tokenizer, out / 'tokenizer', TOKENIZER_FILES)
+        save_lazily(out, params, manifest, tokenizer)
         return out
 
     def export(

@@ -17,7 +17,7 @@ import math
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, Attention
-from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_folder
 from elastic_jax.errors import UserError
 from elastic_jax.train.config import default_config, stage
 
@@ -41,24 +41,27 @@ def get_config(arg: str = '') -> ConfigDict:
     config.budgets = ConfigDict({'full': 1.0, **shares})
     if parent.embed < 1024:
         config.choice_multiple = 8
-    config.choices.update({'embed': _embeds(parent, config.choice_multiple)})
     own = {axis.name for axis in parent.axes()}
     config.choices.update({axis: SHARES for axis in AXES if axis in own})
-    config.data.tokenizer = 'bytes' if manifest.tokenizer['kind'] == 'bytes' else manifest.tokenizer['folder']
+    config.choices.update({'embed': _embeds(parent, config.choice_multiple)})
+    if parent.pattern.strip('M') == '':
+        config.choices.update(_of_mamba_alone(parent, config.choice_multiple))
+    config.data.tokenizer = str(tokenizer_folder(checkpoint, manifest) or 'bytes')
     config.optimizer.update({'lr': 1e-4, 'final_lr': 1e-5, 'warmup': 50})
     config.curriculum = ('search', 'short', 'long')
     config.stages.search = stage('search', 500, 2048, 16, per_step=1)
     config.stages.short = stage('elastic', 4000, 2048, 16)
     last = {'full': 0.5, **{name: 0.5 / len(shares) for name in shares}}
     config.stages.long = stage('elastic', 1000, 8192, 4, probabilities=last)
-    config.calibrate.update({'batches': 64, 'batch_size': 8, 'context': 2048, 'layer_batches': 0})
+    layer_batches = 8 if 'layers' in config.choices else 0
+    config.calibrate.update({'batches': 64, 'batch_size': 8, 'context': 2048, 'layer_batches': layer_batches})
     config.eval.update({'batches': 32, 'batch_size': 8, 'context': 2048})
     config.checkpoint.update({'every': 200, 'keep': 2})
     if smoke:
         config.stages.search = stage('search', 6, 64, 4, per_step=1)
         config.stages.short = stage('elastic', 6, 64, 4)
         config.stages.long = stage('elastic', 3, 128, 2, probabilities=last)
-        config.calibrate.update({'batches': 2, 'batch_size': 4, 'context': 64})
+        config.calibrate.update({'batches': 2, 'batch_size': 4, 'context': 64, 'layer_batches': min(1, layer_batches)})
         config.eval.update({'batches': 2, 'batch_size': 4, 'context': 64})
         config.log_every = 1
     return config
@@ -77,3 +80,16 @@ def _embeds(parent: Arch, multiple: int) -> tuple[int, ...]:
     heads = [mixer.kv_heads * mixer.query_heads for mixer in parent.mixers if isinstance(mixer, Attention) and mixer.rope]
     step = math.lcm(multiple, *heads)
     return tuple(sorted({min(parent.embed, max(1, round(share * parent.embed / step)) * step) for share in SHARES}, reverse=True))
+
+
+def _of_mamba_alone(parent: Arch, multiple: int) -> dict[str, tuple[float, ...]]:
+    """mamba2 in transformers holds a model whose heads together are a whole multiple of `embed`: of 1 and 1/2 every pair is,
+    where the parent's are. What lies between comes from depth."""
+    halves = lambda width, unit: (1.0, 0.5) if width % (2 * unit) == 0 else (1.0,)
+    mamba = parent.mixers[0]
+    whole = (mamba.heads * mamba.head_dim) % (2 * parent.embed) == 0
+    return {
+        'embed': halves(parent.embed, multiple),
+        'mamba_heads': halves(mamba.heads, mamba.groups) if whole else (1.0,),
+        'layers': SHARES,
+    }

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from elastic_jax.checkpoint.chunks import item_handlers, params_save
 from elastic_jax.checkpoint.database import INDEX_NODE
 from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.memory import FreedMemory
+from elastic_jax.checkpoint.stored import keep_files
+from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import WorkError, reason
 
 Index = tuple[slice, ...]
@@ -27,6 +30,7 @@ Index = tuple[slice, ...]
 PART = 1 << 27
 # Bytes of parts that are read and written at the same time; a larger part is alone.
 IN_FLIGHT = 3 << 26
+REMOVALS = 100  # attempts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +81,27 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     async def _background_serialize(
         self, values: Sequence[LazyLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> None:
-        serialize = super()._background_serialize
+        serialize, failures = super()._background_serialize, []
+
+        async def write(value: LazyLeaf, info: Any, arg: Any) -> None:
+            try:
+                await serialize([value], [info], [arg])
+            except Exception as error:
+                self.stopping = True
+                failures.append(error)
+
         self.idle.clear()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-                    tasks.create_task(serialize([value], [info], [arg]))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from group
+            # None is cancelled when one fails: tensorstore would go on writing behind.
+            args = args or [ocp.SaveArgs()] * len(values)
+            await asyncio.gather(*(write(*each) for each in zip(values, infos, args, strict=True)))
         finally:
             self.idle.set()
+        if failures:
+            raise failures[0]
 
     async def _open_and_write(self, value: LazyLeaf, spec: dict[str, Any], context: Any) -> None:
+        self._go_on()
         # Every part commits the index nodes that it touched. Orbax's node is the whole index.
         spec['kvstore']['config'] |= {'max_decoded_node_bytes': INDEX_NODE}
         store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
@@ -100,15 +113,20 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             async with self.room:
                 await self.room.wait_for(lambda need=need: self.used + need <= IN_FLIGHT)
                 self.used += need
-            if self.stopping:
-                raise OSError('stopped')
-            array = await asyncio.to_thread(value.load, index)
-            await store[index].write(array, can_reference_source_data_indefinitely=True)
-            del array
-            self.freed.passed(nbytes)
-            async with self.room:
-                self.used -= need
-                self.room.notify_all()
+            try:
+                self._go_on()
+                array = await asyncio.to_thread(value.load, index)
+                await store[index].write(array, can_reference_source_data_indefinitely=True)
+                del array
+                self.freed.passed(nbytes)
+            finally:
+                async with self.room:
+                    self.used -= need
+                    self.room.notify_all()
+
+    def _go_on(self) -> None:
+        if self.stopping:
+            raise OSError('stopped')
 
     def stop(self) -> None:
         """Returns when no part is being written any more."""
@@ -116,12 +134,13 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         self.idle.wait()
 
 
-def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> None:
-    """Writes step 0 of a new workdir from a tree of LazyLeaf.
+def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest, tokenizer: epath.PathLike | None = None) -> None:
+    """Writes step 0 of a new workdir from a tree of LazyLeaf; first, beside it, the files of the folder `tokenizer`.
 
-    Raises: WorkError when it cannot be written; what was begun is then removed. Errors of `load` pass through.
+    Raises: WorkError when it cannot be written. Errors of `load` pass through. Either way what was begun is removed.
     """
-    root = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax wants absolute paths
+    workdir = epath.Path(workdir).resolve()  # Orbax wants absolute paths
+    root, made = workdir / 'checkpoints', [workdir / 'checkpoints', workdir / 'tokenizer'] if workdir.exists() else [workdir]
     arrays = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), (LazyLeaf, arrays))
     trees = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
@@ -129,11 +148,28 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest) -> Non
         params=params_save(params, manifest), data=ocp.args.JsonSave({}), manifest=ocp.args.JsonSave(manifest.to_json())
     )
     try:
+        if tokenizer:
+            keep_files(tokenizer, workdir / 'tokenizer', TOKENIZER_FILES)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers(trees))) as checkpointer:
             checkpointer.save(root / '0', args=items)
     except (OSError, ValueError) as error:
-        raise WorkError(f'writing {root} failed ({reason(error)}); free some space or take another --checkpoint') from error
+        raise WorkError(
+            f'writing {workdir} failed ({reason(error)}); nothing was left behind, so free some space or write elsewhere'
+        ) from error
     finally:
         arrays.stop()  # another item's failure does not stop it
-        if root.exists() and not (root / '0').exists():
-            root.rmtree()
+        if not (root / '0').exists():
+            for folder in made:
+                _remove(folder)
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes a folder in which a file that failed may still be coming or going."""
+    for _ in range(REMOVALS):
+        try:
+            folder.rmtree()
+        except FileNotFoundError:
+            if not folder.exists():
+                return
+        except OSError:
+            time.sleep(0.05)

@@ -14,10 +14,9 @@ from etils import epath
 from elastic_jax.arch import Arch, Mixer
 from elastic_jax.checkpoint.lazy import Index, LazyLeaf, save_lazily
 from elastic_jax.checkpoint.manifest import Budget, Manifest
-from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.cost import cost_of
-from elastic_jax.data.tokenizers import TOKENIZER_FILES, ByteTokenizer
-from elastic_jax.errors import UserError, WorkError, reason
+from elastic_jax.data.tokenizers import ByteTokenizer
+from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.families import arch_of, family_of
 from elastic_jax.hf.folder import ModelFolder
@@ -72,11 +71,10 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     folder = resolve(dir_or_id)
     config = Config.read(folder)
     arch = arch_of(config)
-    files, new = ModelFolder(folder), not workdir.exists()
+    files = ModelFolder(folder)
     try:
         tree = lazy_params(files, config, FLAT)
         largest = max((leaf for named in tree.values() for leaf in named.values()), key=lambda leaf: leaf.nbytes)
-        tokenizer = _keep_tokenizer(folder, workdir / 'tokenizer')
         manifest = Manifest(
             arch=arch,
             layout=FLAT,
@@ -86,30 +84,22 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
             stage_step=0,
             rng=[],
             dtypes={'params': str(largest.dtype), 'compute': 'float32'},
-            tokenizer=tokenizer,
+            tokenizer=_tokenizer_spec(folder, workdir),
             hf_config={**config.data, '_name_or_path': folder.name if folder == Path(dir_or_id) else str(dir_or_id)},
             data_fingerprint='',
             ordering_hash='',
             experiment='import',
         )
-        save_lazily(workdir, tree, manifest)
-    except BaseException as error:
-        if not (workdir / 'checkpoints' / '0').exists():
-            (workdir if new else workdir / 'tokenizer').rmtree(missing_ok=True)
-        if isinstance(error, OSError):
-            message = f'writing {workdir} failed ({reason(error)}); free some space or take another --checkpoint'
-            raise WorkError(message) from error
-        raise
+        save_lazily(workdir, tree, manifest, tokenizer=folder)
     finally:
         files.close()
     return arch
 
 
-def _keep_tokenizer(folder: Path, kept: epath.Path) -> dict[str, str]:
-    """Copies the tokenizer and generation files; returns the tokenizer's spec, which without tokenizer.json is bytes."""
-    keep_files(folder, kept, TOKENIZER_FILES)
+def _tokenizer_spec(folder: Path, workdir: epath.Path) -> dict[str, str]:
+    """The spec of the tokenizer whose files will be kept in the workdir; without tokenizer.json text is bytes."""
     if (folder / 'tokenizer.json').is_file():
-        return {'kind': 'hf', 'folder': str(kept)}
+        return {'kind': 'hf', 'folder': str(workdir / 'tokenizer')}
     print(f'elastic: {folder} has no tokenizer.json, so text will be read as bytes', file=sys.stderr)
     return dict(ByteTokenizer.spec)
 

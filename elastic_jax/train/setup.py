@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, parse_widths, unknown_name
-from elastic_jax.checkpoint.restore import read_manifest
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_folder
 from elastic_jax.data.config import sources_of, stage_data
 from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
@@ -117,7 +117,7 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     stages = attempt(make_stages, config)
     layout = Layout(**config.layout.to_dict())
     parent = attempt(build_arch if elsewhere and config.arch.pattern else _parent, config)
-    tokenizer = None if elsewhere else attempt(load_tokenizer, config.data.tokenizer)
+    tokenizer = None if elsewhere else attempt(_tokenizer, config)
     if config.teacher not in TEACHERS:
         problems.append(unknown_name('teacher', config.teacher, list(TEACHERS)))
     if config.teacher == 'cached':
@@ -172,6 +172,18 @@ def _cache_problems(config: ConfigDict, parent: Arch | None) -> list[str]:
     if parent is not None and not 1 <= own.k <= parent.vocab:
         problems.append(f"config.teacher_cache.k={own.k} is not between 1 and the parent's vocabulary of {parent.vocab}")
     return problems
+
+
+def _tokenizer(config: ConfigDict) -> Tokenizer:
+    """That of `config.data`; bytes mean nothing to a parent that has a tokenizer of its own."""
+    checkpoint = config.parent.checkpoint
+    if checkpoint and config.data.tokenizer == 'bytes':
+        folder = tokenizer_folder(checkpoint, read_manifest(checkpoint))
+        if folder is not None:
+            raise UserError(
+                f"config.data.tokenizer='bytes', but the parent {checkpoint} has its own; set config.data.tokenizer={folder}"
+            )
+    return load_tokenizer(config.data.tokenizer)
 
 
 def _parent(config: ConfigDict) -> Arch:

@@ -137,3 +137,10 @@ def torch_logits(model: torch.nn.Module, tokens_BxT: np.ndarray, mask_BxT: np.nd
     with torch.no_grad():
         mask = None if mask_BxT is None else torch.tensor(mask_BxT)
         return model(torch.tensor(tokens_BxT), attention_mask=mask, use_cache=False).logits.float().numpy()
+
+
+def torch_greedy(model: torch.nn.Module, prompt_BxT: np.ndarray, new: int) -> np.ndarray:
+    """The prompts and `new` tokens after each, by transformers' prefill and its one-token steps."""
+    prompt = torch.tensor(prompt_BxT)
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None).numpy()

@@ -31,5 +31,7 @@ def load_params(folder: Path, layout: Layout = FLAT) -> dict:
 
 
 def our_logits(params: dict, arch: Arch, tokens_BxT: np.ndarray, segment_ids_BxT: np.ndarray | None = None) -> np.ndarray:
-    run = jax.jit(lambda params, tokens, segments: logits(params, tokens, arch, segments))
-    return np.asarray(run(params, tokens_BxT, segment_ids_BxT))
+    return np.asarray(_logits(params, tokens_BxT, segment_ids_BxT, arch))
+
+
+_logits = jax.jit(lambda params, tokens, segments, arch: logits(params, tokens, arch, segments), static_argnames='arch')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.restore import read_manifest, restore_slice
+from elastic_jax.cli import run
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.hf.folder import read_arch
 from elastic_jax.hf.from_checkpoint import export_checkpoint
@@ -25,6 +28,8 @@ from elastic_jax.model.params import leaves, param_table
 from elastic_jax.nest.slice import slice_params
 from tests.hf.oracle import load_model, make_model, torch_logits
 from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -88,29 +93,52 @@ def test_taken_workdir_is_left_alone(imported):
 
 FULL_DISK = """
 import resource, sys
+from elastic_jax.api import open_checkpoint
 from elastic_jax.errors import WorkError
-from elastic_jax.hf.from_checkpoint import export_checkpoint
 from elastic_jax.hf.importing import import_checkpoint
-from elastic_jax.checkpoint.restore import read_manifest
-what, source, out = sys.argv[1:]
-arch = read_manifest(source).arch if what == 'export' else None
-resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
+what, source, out, limit = sys.argv[1:]
+checkpoint = None if what == 'import' else open_checkpoint(source)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    import_checkpoint(source, out) if what == 'import' else export_checkpoint(source, arch, out)
+    import_checkpoint(source, out) if checkpoint is None else getattr(checkpoint, what)('full', out)
 except WorkError as error:
     print(error)
 """
 
 
-@pytest.mark.parametrize('what', ['import', 'export'])
-def test_failing_writes_leave_nothing_that_looks_whole(what, imported, tmp_path):
+@pytest.mark.parametrize('what', ['import', 'export', 'slice'])
+@pytest.mark.parametrize(
+    'limit', [3_000, pytest.param(10, marks=pytest.mark.slow)]
+)  # fits the tokenizer's file, or not even that
+def test_failing_writes_leave_nothing_that_looks_whole(what, limit, imported, tmp_path):
     """A limit on the size of files makes writes fail, as a full disk does."""
     source = imported[0] if what == 'import' else imported[1]
-    out = tmp_path / 'out'
-    command = [sys.executable, '-c', FULL_DISK, what, str(source), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0 and 'failed' in done.stdout, done.stderr[-2000:]
+    command = [sys.executable, '-c', FULL_DISK, what, str(source), str(tmp_path / 'out'), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and 'failed' in done.stdout and done.stdout.count('\n') == 1, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())
+
+
+# A disk of its own in the process's own mount namespace, so that nothing is left of it.
+SMALL_DISK = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && "$@"; status=$?; ls -A "$disk"; exit $status'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kilobytes', [40, 120])  # the checkpoint takes about 300, a slice for transformers 180
+@pytest.mark.parametrize('verb', ['import', 'slice --format orbax', 'slice --format hf'])
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(verb, kilobytes, imported, tmp_path):
+    folder, workdir = imported
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    own = ['--hf', folder, '--checkpoint', disk / 'out'] if verb == 'import' else ['--checkpoint', workdir, '--out', disk / 'out']
+    elastic = [sys.executable, '-m', 'elastic_jax', *verb.split(), *own, *(['--budget', 'full'] if verb != 'import' else [])]
+    command = ['unshare', '--mount', 'sh', '-c', SMALL_DISK, 'sh', f'{kilobytes}k', disk, *elastic]
+    environment = {**os.environ, 'disk': str(disk)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert 'mount' not in done.stderr and 'unshare' not in done.stderr, f'{done.stderr}; this test needs root'
+    said = [line for line in done.stderr.splitlines() if 'has no tokenizer.json' not in line]
+    assert done.returncode == 1 and done.stdout == '', done.stderr[-2000:]
+    assert len(said) == 1 and 'no space is left' in said[0], done.stderr[-2000:]
 
 
 def test_what_is_neither_folder_nor_reachable_id_is_refused(tmp_path, monkeypatch):
@@ -123,6 +151,56 @@ def test_what_is_neither_folder_nor_reachable_id_is_refused(tmp_path, monkeypatc
         resolve('nobody-here/no-such-model')
     with pytest.raises(WorkError, match='is written, but uploading'):
         push(tmp_path, 'nobody-here/no-such-model')
+
+
+def test_hub_id_is_fetched_without_pickles_and_code_and_named_as_the_parent(imported, tmp_path, monkeypatch):
+    stored = ('model-00001-of-00002.safetensors', 'config.json', 'tokenizer.json', 'pytorch_model.bin', 'modeling_x.py')
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == 'someone/parent'
+        fetched = [file for file in stored if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)]
+        assert fetched == list(stored[:3])
+        return str(imported[0])
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+    arch = import_checkpoint('someone/parent', tmp_path / 'work')
+    card = (export_checkpoint(tmp_path / 'work', arch, tmp_path / 'out') / 'README.md').read_text()
+    assert 'base_model: someone/parent' in card
+
+
+def test_slice_is_uploaded_whole_to_the_id_that_is_given(imported, tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name: str, exist_ok: bool) -> str:
+            return f'https://hub/{name}'
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr('huggingface_hub.HfApi', Hub)
+    command = ['slice', '--checkpoint', str(imported[1]), '--widths', 'mlp=24', '--out', str(tmp_path / 'out')]
+    with pytest.raises(UserError, match='add --format hf'):
+        run([*command, '--push-to-hub', 'me/small'])
+    assert run([*command, '--format', 'hf', '--push-to-hub', 'me/small']) == 0
+    wanted = {'model.safetensors', 'config.json', 'generation_config.json', 'tokenizer.json', 'README.md'}
+    assert uploaded == {'me/small': wanted}
+
+
+def test_refused_or_failing_import_leaves_nothing(imported, tmp_path, monkeypatch):
+    model = Path(shutil.copytree(imported[0], tmp_path / 'model'))
+    config = json.loads((model / 'config.json').read_text())
+    (model / 'config.json').write_text(json.dumps(config | {'model_type': 'gpt2'}))
+    with pytest.raises(UserError, match='not supported'):
+        import_checkpoint(model, tmp_path / 'work')
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise UserError(f'{self.path} ends inside {name}')
+
+    monkeypatch.setattr('elastic_jax.hf.safetensors.SafetensorsFile.read', read)  # cut off while it was being read
+    with pytest.raises(UserError, match='ends inside'):
+        import_checkpoint(imported[0], tmp_path / 'work')
+    assert [path.name for path in tmp_path.iterdir()] == ['model']
 
 
 def test_tokenizer_that_went_away_is_missed_not_left_out(imported, tmp_path):

@@ -15,10 +15,9 @@ from elastic_jax.errors import UserError, WorkError
 from elastic_jax.hf.export import export_folder
 from elastic_jax.hf.folder import read_arch
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.decoder import logits
 from elastic_jax.model.params import leaves, map_table, param_table
 from elastic_jax.nest.slice import slice_params
-from tests.hf.oracle import load_model, make_model, torch_logits
+from tests.hf.oracle import load_model, make_model, torch_greedy, torch_logits
 from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
 from tests.tiny import GROUPED_MOE, HYBRID, LLAMA, QWEN_MOE
 
@@ -64,7 +63,30 @@ def test_every_slice_is_the_same_model_in_transformers(case, tmp_path):
         child = parent.narrow(widths)
         small = slice_params(params, parent, child)
         out = export(tmp_path / str(n), small, child, dtype='float32', hf_config=parent_config)
-        assert_close(our_logits(small, child, TOKENS_2x37), torch_logits(load_model(out), TOKENS_2x37))
+        model = load_model(out)
+        assert_close(our_logits(small, child, TOKENS_2x37), torch_logits(model, TOKENS_2x37))
+        if not any(isinstance(mixer, Mamba) and mixer.dt_min for mixer in child.mixers):
+            assert_greedy_tokens_are_ours(model, small, child)
+
+
+def assert_greedy_tokens_are_ours(model: torch.nn.Module, params: dict, arch: Arch) -> None:
+    """Each token that transformers chose is our best after those before it: greedy decoding, in one pass of ours."""
+    tokens_2x37 = torch_greedy(model, TOKENS_2x37[:, :25], 12)
+    assert np.array_equal(our_logits(params, arch, tokens_2x37)[:, 24:-1].argmax(-1), tokens_2x37[:, 25:])
+
+
+@pytest.mark.parametrize('case', ['nemotron_h', 'nemotron_h dense, four groups, MQA'])
+def test_greedy_tokens_of_slices_with_mamba_are_the_same(case, tmp_path):
+    """At time_step_min = 0, where transformers' prefill and its one-token decode agree (platform: it clamps only the first)."""
+    make_model(case, tmp_path / 'parent')
+    config = json.loads((tmp_path / 'parent' / 'config.json').read_text()) | {'time_step_min': 0.0}
+    (tmp_path / 'parent' / 'config.json').write_text(json.dumps(config))
+    parent, params = read_arch(tmp_path / 'parent'), load_params(tmp_path / 'parent')
+    child = parent.narrow({'embed': 24, 'mamba_heads': 4, 'mlp': 20, 'layers': 4})
+    assert {mixer.dt_min for mixer in child.mixers if isinstance(mixer, Mamba)} == {0.0}
+    small = slice_params(params, parent, child)
+    model = load_model(export(tmp_path / 'out', small, child, dtype='float32', hf_config=config))
+    assert_greedy_tokens_are_ours(model, small, child)
 
 
 LAYOUTS = {
@@ -105,37 +127,15 @@ def test_blocked_layout_is_written_in_rank_order(tmp_path):
 def test_bfloat16_export_agrees_within_its_rounding(tmp_path):
     make_model('nemotron_h', tmp_path / 'parent')
     arch, params = read_arch(tmp_path / 'parent'), load_params(tmp_path / 'parent')
-    out = export(tmp_path / 'out', params, arch, dtype='bfloat16')
+    out = export(tmp_path / 'out', params, arch, dtype='bfloat16', max_shard_bytes=20_000)
     model = load_model(out, dtype='auto')
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16 and len(list(out.glob('model-*-of-*.safetensors'))) > 1
     again = load_params(out)
     for group, name, param in leaves(param_table(arch)):
         wanted = params[group][name] if param.float32 else params[group][name].astype(again[group][name].dtype)
         assert np.array_equal(again[group][name], wanted), f'{group}/{name}'
     # 2^-8 is bfloat16's rounding; some twenty roundings follow each other here.
     assert_close(our_logits(params, arch, TOKENS_2x37), torch_logits(load_model(out, dtype=torch.float32), TOKENS_2x37), 0.05)
-
-
-def test_greedy_tokens_are_the_same(tmp_path):
-    """At time_step_min = 0, where transformers' prefill and its one-token decode agree (platform: it clamps only the first)."""
-    make_model('nemotron_h', tmp_path)
-    config = json.loads((tmp_path / 'config.json').read_text())
-    (tmp_path / 'config.json').write_text(json.dumps(config | {'time_step_min': 0.0}))
-    arch, params = read_arch(tmp_path), load_params(tmp_path)
-    assert {mixer.dt_min for mixer in arch.mixers if isinstance(mixer, Mamba)} == {0.0}
-    prompt_1xT, new = TOKENS_2x37[:1, :20], 12
-    model = load_model(export(tmp_path / 'out', params, arch, dtype='float32', hf_config=config | {'time_step_min': 0.0}))
-    tokens, run = prompt_1xT, jax.jit(lambda params, tokens: logits(params, tokens, arch))
-    with torch.no_grad():
-        prompt = torch.tensor(prompt_1xT)
-        theirs = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, eos_token_id=None
-        )
-    for _ in range(new):
-        padded = np.pad(tokens, ((0, 0), (0, prompt_1xT.shape[1] + new - tokens.shape[1])))  # one shape, one compile
-        following = np.asarray(run(params, padded))[:, tokens.shape[1] - 1].argmax(-1)
-        tokens = np.concatenate([tokens, following[:, None]], axis=1)
-    assert tokens.tolist() == theirs.numpy().tolist()
 
 
 def test_config_is_what_vllm_reads_and_carries_no_code(tmp_path):
@@ -152,6 +152,8 @@ def test_config_is_what_vllm_reads_and_carries_no_code(tmp_path):
     assert config['hybrid_override_pattern'] == 'ME*-' and config['num_hidden_layers'] == 4
     assert config['max_position_embeddings'] == 77 and config['hidden_size'] == 24
     assert not {'auto_map', 'layers_block_type', 'time_step_limit'} & set(config)
+    bare = export(tmp_path / 'bare', random_params(HYBRID), HYBRID, eos_token_id=3)
+    assert json.loads((bare / 'generation_config.json').read_text()) == {'eos_token_id': 3}
 
 
 def test_tokenizer_files_and_model_card_go_along(tmp_path):
