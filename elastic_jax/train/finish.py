@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from etils import epath
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import heldout_batches
-from elastic_jax.evaluate.evaluators import make_evaluators
+from elastic_jax.evaluate.evaluators import TextEvaluator, make_evaluators
 from elastic_jax.evaluate.perplexity import evaluate, score
 from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
@@ -37,24 +38,40 @@ from elastic_jax.train.step import elastic_loss
 class Evaluator:
     """Evaluates budgets on the same held-out batches throughout a run."""
 
-    def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter):
+    def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter, say: Callable[[str], None]):
         self.plan, self.place, self.writer, self.batches = plan, place, writer, None
         self.programs: dict[Any, Callable[..., jax.Array]] = {}
-        self.more = make_evaluators(plan.config.evaluators, plan.config.data.tokenizer)
+        self.more = {
+            name: dataclasses.replace(own, batch_size=self._rows(own.batch_size)) if isinstance(own, TextEvaluator) else own
+            for name, own in make_evaluators(plan.config.evaluators, plan.config.data.tokenizer).items()
+        }
+        if jax.process_count() > 1:
+            # Of several processes none has a whole slice to write with.
+            tasks = [name for name, own in self.more.items() if not isinstance(own, TextEvaluator)]
+            self.more = {name: own for name, own in self.more.items() if name not in tasks}
+            left_out = [f'evaluators.{name}' for name in tasks] + ['samples'] * bool(plan.config.samples.prompts)
+            if left_out:
+                names = ', '.join(left_out)
+                say(f'{names}: left out, as several processes train; a checkpoint has it by elastic eval and generate')
+
+    def _rows(self, batch_size: int) -> int:
+        """The next batch size that splits over the mesh."""
+        parts = data_parallelism(self.place.mesh)
+        return -(-batch_size // parts) * parts
 
     def heldout(self) -> list[dict[str, Any]]:
         if self.batches is None:
-            config, parts = self.plan.config, data_parallelism(self.place.mesh)
-            rows = -(-config.eval.batch_size // parts) * parts
+            config = self.plan.config
+            rows = self._rows(config.eval.batch_size)
             self.batches = list(heldout_batches(config.data, rows, config.eval.context, config.eval.batches))
         return self.batches
 
     def score(self, params: Any, parent: Arch, arch: Arch, batches: int | None = None) -> dict[str, float]:
-        """Held-out loss and bits per byte of one slice, on the first `batches`, or all.
+        """Held-out loss and bits per byte of one slice, on the first `batches`, or all."""
+        return self._score(params, parent, arch, self.heldout()[:batches])
 
-        Over a mesh it is sliced layer by layer, as in training.
-        """
-        heldout = self.heldout()[:batches]
+    def _score(self, params: Any, parent: Arch, arch: Arch, heldout: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Over a mesh the slice is cut layer by layer, as in training."""
         if not self.place.distributed:
             sliced = slice_params(params, parent, arch, self.plan.layout)
             return evaluate(sliced, arch, heldout, self.plan.config.dtype, self.plan.config.loss_chunk)
@@ -74,14 +91,13 @@ class Evaluator:
 
     def run_more(self, at: Snapshot, stage: str) -> None:
         """Scores every budget with the evaluators of the config, each on the budget's slice."""
-        # Of several processes none has a whole slice: `elastic eval` does it from the checkpoint.
-        if not self.more or jax.process_count() > 1:
-            return
         for name, arch in at.archs.items():
-            sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
-            weights = weights_of(sliced, arch, self.plan.layout, self.plan.config.dtype)
             for evaluator, run in self.more.items():
-                scores = run(weights, self.plan.tokenizer)
+                if isinstance(run, TextEvaluator):
+                    scores = self._score(at.state.params, at.parent, arch, run.heldout)
+                else:
+                    sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
+                    scores = run(weights_of(sliced, arch, self.plan.layout, self.plan.config.dtype), self.plan.tokenizer)
                 self.writer.write('evaluator', at.step, stage=stage, budget=name, evaluator=evaluator, scores=scores)
 
     def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:
@@ -104,7 +120,6 @@ class Evaluator:
         for name, arch in at.archs.items():
             samples = self.plan.config.samples
             prompts, sampling = list(samples.prompts), Sampling(samples.temperature)
-            # Of several processes none has a whole slice to write with: `elastic generate` does it from the checkpoint.
             if prompts and jax.process_count() == 1:
                 sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
                 weights = weights_of(sliced, arch, self.plan.layout)

@@ -21,6 +21,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data.update({'path': arg, 'heldout_fraction': 0.2})
     config.calibrate.update({'batches': 1, 'batch_size': 4, 'context': 32, 'layer_batches': 0})
     config.eval.update({'batches': 1, 'batch_size': 4, 'context': 32})
+    if arg:
+        config.evaluators.texts = {'data': arg, 'context': 32, 'batch_size': 4, 'batches': 2}
     config.log_every = 1
     config.checkpoint.update({'every': 3, 'keep': 3})
     config.stages.pretrain = stage('pretrain', PRETRAIN, 32, 8)

@@ -77,3 +77,16 @@ def test_from_four_processes_to_two_on_another_mesh_to_one(place: Place):  # noq
         assert set(found) == own, f'step {step}'
     losses = [[line['loss'] for line in read_metrics(run) if line['kind'] == 'train'] for run in (alone, changing)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_evaluators_score_text_on_several_processes_and_say_what_is_left_out(place: Place):  # noqa: F811
+    scores = []
+    for processes in (1, 2):
+        workdir = place.root / f'by{processes}'
+        short = ('--config.stages.pretrain.steps=2', '--config.stages.short.steps=2', "--config.samples.prompts=('a',)")
+        said = place.start(workdir, *short, processes=processes).end()
+        assert ('samples: left out, as several processes train' in said) == (processes == 2)
+        lines = [line for line in read_metrics(workdir) if line['kind'] == 'evaluator']
+        scores.append({line['budget']: line['scores']['bits_per_byte'] for line in lines})
+    assert scores[0].keys() == {'full', 'small'}
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
