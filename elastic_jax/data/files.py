@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import io
+import lzma
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,8 @@ FORMAT_OF_SUFFIX = {
     '.arrayrecord': 'arrayrecord',
 }
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
+# What reading a damaged file raises, compressed ones included.
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,10 @@ class File:
         return next((kind for suffix, kind in FORMAT_OF_SUFFIX.items() if plain.endswith(suffix)), 'text')
 
     def open(self) -> Any:
-        """The bytes, decompressed by suffix, as a binary file."""
+        """The bytes, decompressed by suffix, as a binary file. Raises UserError when what that takes is not installed."""
+        # fsspec takes a suffix that it does not know for none at all.
+        if self.path.endswith('.zst') and 'zstd' not in fsspec.available_compressions():
+            raise UserError(f'data.path: {self.name} needs a package that is not installed: pip install zstandard')
         return self.system.open(self.path, 'rb', compression='infer')
 
     def open_raw(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from elastic_jax.data.chat import ChatTemplate, is_chat
 from elastic_jax.data.config import SourceConfig
-from elastic_jax.data.files import File, check_encoding, encoding_of, expand, lines, recoded
+from elastic_jax.data.files import DAMAGED, File, check_encoding, encoding_of, expand, lines, recoded
 from elastic_jax.data.records import READERS, Record
 from elastic_jax.data.report import Report
 from elastic_jax.errors import UserError
@@ -54,8 +54,8 @@ def documents(source: SourceConfig, template: ChatTemplate | None, report: Repor
                     yield document
                 else:
                     report.empty_documents += 1
-        except OSError as error:
-            why = ' '.join(str(error.strerror or error).split())
+        except DAMAGED as error:
+            why = ' '.join(str(getattr(error, 'strerror', None) or error).split())
             raise UserError(f'data.path: {file.name} cannot be read ({why}); check that it exists and is readable') from error
         if (report.documents, report.bad_lines) == before:
             report.empty_files += 1

@@ -1,8 +1,11 @@
 """Corpora: what is read, in every format, what is passed over and counted, and the sentence for what cannot be read."""
 
+import bz2
 import dataclasses
 import gzip
 import json
+import lzma
+import random
 
 import fsspec
 import pyarrow
@@ -167,6 +170,20 @@ def test_an_empty_or_unreadable_corpus_is_one_sentence(tmp_path, make, message):
         read(tmp_path / '*.nothing')
     with pytest.raises(UserError, match='nosuch'):
         read('nosuch://bucket/file')
+
+
+@pytest.mark.parametrize('suffix', ['gz', 'bz2', 'xz', 'zst'])
+def test_a_compressed_file_cut_off_or_not_to_be_unpacked_is_one_sentence(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f'cut.txt.{suffix}'
+    if suffix == 'zst':
+        monkeypatch.setattr(fsspec, 'available_compressions', lambda: ['gzip'])
+        path.write_bytes(b'(\xb5/\xfd')
+    else:
+        module = {'gz': gzip, 'bz2': bz2, 'xz': lzma}[suffix]
+        path.write_bytes(module.compress(random.Random(0).randbytes(5000).hex().encode())[:2000])
+    with pytest.raises(UserError, match=f'{path.name} (cannot be read|needs a package that is not installed)') as error:
+        read(path)
+    assert '\n' not in str(error.value)
 
 
 def test_the_split_depends_on_content_alone():
