@@ -14,6 +14,7 @@ from elastic_jax.api import open_checkpoint
 from elastic_jax.config_file import load_config
 from elastic_jax.hf.importing import import_checkpoint
 from elastic_jax.train.loop import train
+from tests.data.bpe import write_tokenizer
 from tests.hf.oracle import CASES, HYBRID, LLAMA, MAMBA2, QWEN, QWEN_MOE, load_model, make_model, torch_logits
 from tests.hf.ours import assert_close
 
@@ -29,17 +30,20 @@ def elastic(*arguments: object) -> str:
 
 @pytest.mark.slow
 def test_import_train_slice_and_load_in_transformers(tmp_path, monkeypatch):
-    monkeypatch.setitem(CASES, 'parent', ('llama', LLAMA | {'vocab_size': 264, 'hidden_size': 64, 'intermediate_size': 96}))
+    monkeypatch.setitem(CASES, 'parent', ('llama', LLAMA | {'vocab_size': 400, 'hidden_size': 64, 'intermediate_size': 96}))
     make_model('parent', tmp_path / 'parent')
+    write_tokenizer(tmp_path / 'parent')
     elastic('import', '--hf', tmp_path / 'parent', '--checkpoint', tmp_path / 'imported')
     experiment = f'experiments/elastic_from_hf.py:{tmp_path / "imported"},small=0.6,smoke'
-    elastic('train', '--config', experiment, '--workdir', tmp_path / 'run')
+    data = [f'--config.data.path={ROOT}/elastic_jax/hf/*.py', '--config.data.heldout_fraction=0.3']
+    elastic('train', '--config', experiment, '--workdir', tmp_path / 'run', *data)
     listed = json.loads(elastic('inspect', '--checkpoint', tmp_path / 'run', '--json'))['budgets']
     assert [budget['name'] for budget in listed] == ['full', 'small']
     elastic('slice', '--checkpoint', tmp_path / 'run', '--budget', 'small', '--format', 'hf', '--out', tmp_path / 'out')
     model = open_checkpoint(tmp_path / 'run').load('small')
-    tokens_2xT = np.random.default_rng(0).integers(0, 264, (2, 30))
+    tokens_2xT = np.random.default_rng(0).integers(0, 400, (2, 30))
     assert_close(model.logits(tokens_2xT), torch_logits(load_model(tmp_path / 'out'), tokens_2xT))
+    assert (tmp_path / 'out' / 'tokenizer.json').read_bytes() == (tmp_path / 'parent' / 'tokenizer.json').read_bytes()
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['hidden_size'] == listed[1]['widths']['embed'] < 64
 
 
