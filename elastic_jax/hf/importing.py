@@ -66,7 +66,8 @@ def import_checkpoint(dir_or_id: str | os.PathLike[str], checkpoint: epath.PathL
     Raises: UserError when the model is not supported or damaged, or the workdir is taken; WorkError when it cannot be written.
     """
     workdir = epath.Path(checkpoint).resolve()
-    if (workdir / 'checkpoints').exists():
+    root = workdir / 'checkpoints'
+    if root.exists() and any(entry.name.isdigit() for entry in root.iterdir()):  # what a killed import left is no checkpoint
         raise UserError(f'{workdir} holds checkpoints already; take another --checkpoint')
     folder = resolve(dir_or_id)
     config = Config.read(folder)

@@ -203,6 +203,15 @@ def test_refused_or_failing_import_leaves_nothing(imported, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ['model']
 
 
+def test_import_that_was_killed_can_be_repeated(imported, tmp_path):
+    killed = tmp_path / 'work' / 'checkpoints' / '0.orbax-checkpoint-tmp' / 'params.orbax-checkpoint-tmp'
+    killed.mkdir(parents=True)
+    (killed / 'manifest.ocdbt').write_bytes(b'half')
+    arch = import_checkpoint(imported[0], tmp_path / 'work')
+    assert equal(restore_slice(tmp_path / 'work', arch), load_params(imported[0]), arch)
+    assert [path.name for path in (tmp_path / 'work' / 'checkpoints').iterdir()] == ['0']
+
+
 def test_tokenizer_that_went_away_is_missed_not_left_out(imported, tmp_path):
     workdir = Path(shutil.copytree(imported[1], tmp_path / 'moved'))
     arch = read_manifest(workdir).arch
