@@ -50,7 +50,7 @@ The usual path:
   every size over HTTP, as OpenAI serves models
     elastic serve --checkpoint runs/quickstart
   the best sizes between the budgets, against any cost
-    elastic pareto --checkpoint runs/quickstart --out out/pareto
+    elastic pareto --checkpoint runs/quickstart --out runs/quickstart/pareto
   one size as a checkpoint of its own
     elastic slice --checkpoint runs/quickstart --budget small --out out/small
   report.html and pareto.png

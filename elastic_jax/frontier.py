@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from elastic_jax import cost as costs
 from elastic_jax.api import Checkpoint
@@ -30,6 +29,7 @@ from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import duration, format_widths
 from elastic_jax.infer.latency import LatencyTable, Times, decode_seconds, default_table
 from elastic_jax.infer.resident import weights_of
+from elastic_jax.layout import Layout
 from elastic_jax.nest.budgets import Grid, make_grid
 from elastic_jax.nest.freeze import freeze_between
 from elastic_jax.nest.search import Candidate, Pool, search
@@ -67,7 +67,7 @@ def find_frontier(
 
     Args:
       cost: a key of COSTS. data: files to score on (default: the run's held-out data).
-      per_layer: also sizes whose blocks differ, from half of the search. axes: the axes to walk (`make_space`).
+      per_layer: also sizes whose blocks differ, from half of the search. axes: the axes to walk (`make_space`), not the router's.
       context, batches: of the text: tokens of a row, and batches of 8 rows of each file.
       rows, cost_context, dtype: what memory and latency are counted for: sequences served together, tokens that their caches
         hold (default: as the checkpoint's costs), and the dtype served in (default: bfloat16; for latency on a CPU float32).
@@ -83,59 +83,66 @@ def find_frontier(
     serving = _Serving(rows, cost_context or own_context, _serving_dtype(cost, dtype))
     parent, layout = checkpoint.arch, checkpoint.layout
     trained = {name: budget.arch for name, budget in checkpoint.budgets.items()}
-    config = _run_config(checkpoint)
-    run_grid = _run_grid(checkpoint, config)
-    multiple = config.get('choice_multiple', 1)
-    space = make_space(parent, [parent, *trained.values()], run_grid, layout, axes=axes, multiple=multiple)
+    run_grid, multiple = _run_grid(checkpoint)
+    spaces = [
+        make_space(parent, [parent, *trained.values()], run_grid, layout, axes=axes, per_layer=by_layer, multiple=multiple)
+        for by_layer in (False, True)
+    ]
     heldout = [batch for file in data or (None,) for batch in checkpoint.heldout(file, context, batches=batches)]
-    params = restore_slice(checkpoint.path, parent, None, jnp.float32)
-
-    measure = serving.measure(cost)
-    if cost == 'latency':
-        times = Times(Path(latency_table) if latency_table else default_table())
-        options = {'rows': rows, 'context': serving.context, 'dtype': serving.dtype, 'say': say}
+    times = Times(Path(latency_table) if latency_table else default_table()) if cost == 'latency' else None
+    params, measure, served = restore_slice(checkpoint.path, parent, None, jnp.float32), serving.measure(cost), None
+    if times:
         served = restore_slice(checkpoint.path, parent, None, serving.dtype)
-        measure = LatencyTable(served, parent, space.grid, layout, times, **options)
+        widths = reach([parent, *trained.values()], [spaces[0].grid, run_grid])
+        options = {'rows': rows, 'context': serving.context, 'dtype': serving.dtype, 'say': say}
+        measure = LatencyTable(served, parent, widths, layout, times, **options)
         say(f'layer times of this device: {times.measured} measured, {times.reused} from {times.path}')
 
-    began, pool = time.monotonic(), None
-
-    def score(arch: Arch) -> float:
-        bits = evaluate_masked(params, parent, arch, heldout, layout)['bits_per_byte']
-        done = len(pool.found) + 1
-        left = (time.monotonic() - began) / done * (max(evaluations, done) - done)
-        say(f'scored {done} of {max(evaluations, done)}: {bits:.4f} bits per byte, {duration(left)} left')
-        return bits if math.isfinite(bits) else math.inf
-
-    pool = Pool(measure, score)
+    bits = lambda params, arch: evaluate_masked(params, parent, arch, heldout, layout)['bits_per_byte']
+    pool = Pool(measure, _Scoring(lambda arch: bits(params, arch), evaluations, say))
     for name, arch in trained.items():
         pool.add(arch, 'trained', name)
     pool.add(parent, 'full')
-    _interpolate(pool, space, checkpoint, run_grid, trained, points, tolerance, say)
+    by_router = None if axes else _router(checkpoint, run_grid, trained, pool)
+    _interpolate(pool, spaces[0], by_router, trained, points, tolerance, say)
     least = min(pool.cost(arch) for arch in trained.values()) if len(set(trained.values())) > 1 else 0.0
-    left = max(0, evaluations - len(pool.found))
+    left = lambda: max(0, evaluations - len(pool.found))
+    search(pool, spaces[0], 'search', left() // 2 if per_layer else left(), seed, least)
     if per_layer:
-        search(pool, space, 'search', left // 2, seed, least)
-        by_layer = make_space(parent, [parent, *trained.values()], run_grid, layout, axes=axes, per_layer=True, multiple=multiple)
-        search(pool, by_layer, 'per layer', max(0, evaluations - len(pool.found)), seed, least)
-    else:
-        search(pool, space, 'search', left, seed, least)
+        search(pool, spaces[1], 'per layer', left(), seed, least)
 
-    best = pool.frontier()
-    confirmed = _chosen(best, points) + [one for one in pool.found.values() if one.name]
-    say(f'running {len(set(confirmed))} sizes as slices')
-    slices = {}
-    for one in dict.fromkeys(confirmed):
-        bits = evaluate(slice_params(params, parent, one.arch, layout), one.arch, heldout)['bits_per_byte']
-        slices[one.arch] = (bits, None)
-        if cost == 'latency':
-            weights = weights_of(slice_params(served, parent, one.arch, layout), one.arch, layout, serving.dtype)
-            slices[one.arch] = (bits, decode_seconds(weights, rows, serving.context))
-    ordered = sorted(pool.found.values(), key=lambda one: (one.cost, one.score))
-    rows_ = [_row(one, one in best, serving, *slices.get(one.arch, (None, None))) for one in ordered]
+    best, found = pool.frontier(), sorted(pool.found.values(), key=lambda one: (one.cost, one.score))
+    confirmed = dict.fromkeys([*_chosen(best, points), *(one for one in found if one.name)])
+    say(f'running {len(confirmed)} sizes as slices')
+    slices: dict[Arch, tuple[float, float | None]] = {}
+    for one in confirmed:
+        score = evaluate(slice_params(params, parent, one.arch, layout), one.arch, heldout)['bits_per_byte']
+        slices[one.arch] = score, serving.seconds(served, parent, one.arch, layout) if served else None
     frozen = _frozen_parent(checkpoint)
-    teacher = frozen and evaluate_masked(frozen, parent, parent, heldout, layout)['bits_per_byte']
-    return Frontier(cost, serving.how(cost), str(checkpoint.path), rows_, pool.cost(parent), teacher)
+    return Frontier(
+        cost,
+        serving.how(cost),
+        str(checkpoint.path),
+        [_row(one, one in best, serving, *slices.get(one.arch, (None, None))) for one in found],
+        pool.cost(parent),
+        bits(frozen, parent) if frozen else None,
+    )
+
+
+class _Scoring:
+    """Scores sizes and says how far that is."""
+
+    def __init__(self, score: Callable[[Arch], float], evaluations: int, say: Say):
+        self.score, self.evaluations, self.say = score, evaluations, say
+        self.done, self.begun = 0, time.monotonic()
+
+    def __call__(self, arch: Arch) -> float:
+        bits = self.score(arch)
+        self.done += 1
+        of = max(self.evaluations, self.done)
+        left = (time.monotonic() - self.begun) / self.done * (of - self.done)
+        self.say(f'scored {self.done} of {of}: {bits:.4f} bits per byte, {duration(left)} left')
+        return bits if math.isfinite(bits) else math.inf
 
 
 class _Serving:
@@ -150,6 +157,11 @@ class _Serving:
 
     def flops(self, arch: Arch) -> float:
         return float(costs.flops_per_token(arch, self.context))
+
+    def seconds(self, params: Any, parent: Arch, arch: Arch, layout: Layout) -> float:
+        """Of a decoding step of a slice, measured."""
+        weights = weights_of(slice_params(params, parent, arch, layout), arch, layout, self.dtype)
+        return decode_seconds(weights, self.rows, self.context)
 
     def measure(self, cost: str) -> CostOf:
         """The cost of a size in closed form."""
@@ -168,24 +180,30 @@ def _serving_dtype(cost: str, dtype: str | None) -> Any:
     return jnp.dtype(own)
 
 
-def _run_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The config of the run that the checkpoint lies in; empty where there is none."""
+def _run_grid(checkpoint: Checkpoint) -> tuple[Grid, int]:
+    """(the choices that the router of the checkpoint's run had, what channel widths are multiples of there)."""
     path = checkpoint.path.parent.parent / 'config.json'
-    return ConfigDict(json.loads(path.read_text())).to_dict() if path.exists() else {}
+    config = json.loads(path.read_text()) if path.exists() else {}
+    choices, multiple = config.get('choices', {}), config.get('choice_multiple', 1)
+    grid = make_grid(checkpoint.arch, choices, config.get('per_layer', ()), checkpoint.layout, multiple) if choices else ()
+    return grid, multiple
 
 
-def _run_grid(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Grid:
-    """The choices that the run's router had."""
-    choices = config.get('choices', {})
-    multiple = config.get('choice_multiple', 1)
-    return make_grid(checkpoint.arch, choices, config.get('per_layer', ()), checkpoint.layout, multiple) if choices else ()
+def reach(archs: Sequence[Arch], grids: Sequence[Grid]) -> dict[str, set[int]]:
+    """Axis -> all widths that some sizes have, or points of some grids."""
+    widths: dict[str, set[int]] = {'embed': {arch.embed for arch in archs}}
+    for arch in archs:
+        for axis in arch.axes():
+            widths.setdefault(axis.name, set()).update(arch.layer_widths(axis.name).values())
+    for choices in (choices for grid in grids for choices in grid):
+        widths.setdefault(choices.axis, set()).update(choices.widths)
+    return widths
 
 
 def _interpolate(
     pool: Pool,
     space: Space,
-    checkpoint: Checkpoint,
-    run_grid: Grid,
+    by_router: Callable[[float, float], Arch] | None,
     trained: Mapping[str, Arch],
     points: int,
     tolerance: float,
@@ -195,7 +213,6 @@ def _interpolate(
     line = trained_line(space, trained, pool.cost)
     ends = [pool.cost(space.arch(flat)) for flat in line]
     low, high = min(ends), max(ends)
-    by_router = _router(checkpoint, run_grid, trained, pool)
     for n in range(1, points + 1):
         target = low + (high - low) * n / (points + 1)
         arch, miss = at_cost(space, line, target, pool.cost, tolerance)

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from elastic_jax.infer.resident import Weights, weights_of
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.layout import Layout
 from elastic_jax.model.params import layer_name
-from elastic_jax.nest.budgets import Grid
 from elastic_jax.nest.masks import axis_sizes
 from elastic_jax.nest.slice import slice_params
 
@@ -138,13 +137,13 @@ class _Rows:
 
 
 class LatencyTable:
-    """Predicts the seconds of a decoding step of every size on a grid."""
+    """Predicts the seconds of a decoding step of every size between some widths."""
 
     def __init__(
         self,
         params: Any,
         parent: Arch,
-        grid: Grid,
+        widths: Mapping[str, Collection[int]],
         layout: Layout,
         times: Times,
         *,
@@ -157,11 +156,12 @@ class LatencyTable:
 
         Args:
           params: the parent's, in the dtype to serve in; what is timed is cut from them.
-          grid: the widths to predict for. rows, context: sequences served together, and tokens that their caches have room for.
+          widths: of every axis, those to predict for; an axis that is not named stays whole.
+          rows, context: sequences served together, and tokens that their caches have room for.
         """
         self.parent, self.layout, self.params, self.times = parent, layout, params, times
         self.rows, self.context, self.dtype, self.say = rows, context, jnp.dtype(dtype), say
-        self._widths = {choices.axis: tuple(sorted(choices.widths)) for choices in grid}
+        self._widths = widths
         self._blocks: dict[Mixer, list[int]] = {}
         for i, mixer in enumerate(parent.mixers):
             if mixer is not None:
@@ -170,7 +170,7 @@ class LatencyTable:
         self._kinds = {mixer: self._table(mixer) for mixer in self._blocks}
 
     def __call__(self, arch: Arch) -> float:
-        """Predicted seconds of one decoding step. Widths must lie within the grid's."""
+        """Predicted seconds of one decoding step. Widths must lie between the smallest and the largest that were named."""
         kept = (i for i, mixer in enumerate(arch.mixers) if mixer is not None)
         return self._base(arch) + sum(self._kinds[self.parent.mixers[i]](arch, i) for i in kept)
 

@@ -16,7 +16,7 @@ writes frontier.csv (every candidate), frontier.png, and widths.json: the fronti
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     flags.checkpoint(parser)
-    parser.add_argument('--out', required=True, metavar='DIR', help='folder for the three files')
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder for the three files; the report shows WORKDIR/pareto')
     parser.add_argument(
         '--cost',
         default='parameters',

@@ -8,6 +8,7 @@ import pytest
 
 from elastic_jax.arch import MLP
 from elastic_jax.errors import UserError
+from elastic_jax.frontier import reach
 from elastic_jax.infer import latency
 from elastic_jax.infer.latency import LatencyTable, Times, decode_seconds
 from elastic_jax.layout import FLAT
@@ -33,7 +34,7 @@ def invented(weights, rows, context):
 
 def table_of(path, arch=HYBRID):
     grid = make_grid(arch, {name: own for name, own in CHOICES.items() if name in {axis.name for axis in arch.axes()}})
-    return LatencyTable(random_weights(arch).params, arch, grid, FLAT, Times(path), context=32)
+    return LatencyTable(random_weights(arch).params, arch, reach([arch], [grid]), FLAT, Times(path), context=32)
 
 
 def test_predictions_are_exact_where_time_is_multilinear(tmp_path, monkeypatch):
@@ -46,6 +47,12 @@ def test_predictions_are_exact_where_time_is_multilinear(tmp_path, monkeypatch):
         assert table(arch) == pytest.approx(expected, rel=1e-9)
     one_block = HYBRID.narrow({'mlp@3': 12})
     assert table(HYBRID) - table(one_block) == pytest.approx(1e-5 * 16 * 12)
+
+
+def test_widths_of_trained_sizes_are_reached_whatever_the_search_walks():
+    grid = make_grid(HYBRID, {'mlp': (1.0, 0.5)})
+    widths = reach([HYBRID, HYBRID.narrow({'embed': 12, 'expert_width@2': 4})], [grid])
+    assert widths['embed'] == {12, 16} and widths['mlp'] == {12, 24} and widths['expert_width'] == {4, 8}
 
 
 def test_times_are_kept_by_device_and_not_measured_again(tmp_path, monkeypatch):
