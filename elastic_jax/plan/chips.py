@@ -60,6 +60,10 @@ def topology_devices(name: str) -> Topology:
         raise UserError("the TPU compiler is not installed; pip install 'elastic_jax[plan]'")
     for key, value in ALONE.items():
         os.environ.setdefault(key, value)
+    # The TPU compiler ends the process at a flag of another platform's.
+    if 'XLA_FLAGS' in os.environ:
+        flags = os.environ['XLA_FLAGS'].split()
+        os.environ['XLA_FLAGS'] = ' '.join(flag for flag in flags if not flag.startswith(('--xla_cpu_', '--xla_gpu_')))
     jax.config.update('jax_platforms', 'cpu')
     try:
         found = topologies.get_topology_desc(platform='tpu', topology_name=name)

@@ -1,6 +1,7 @@
 """The planner with the real TPU compiler: the command, on published widths."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,14 @@ def elastic_plan(*arguments):
 def test_a_topology_has_its_devices():
     assert len(topology_devices('v5p:2x2x1').devices) == 4
     assert len(topology_devices('v6e:2x2').devices) == 4
+
+
+def test_flags_of_other_platforms_are_kept_from_the_tpu_compiler(monkeypatch):
+    monkeypatch.setenv(
+        'XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_gpu_autotune_level=0'
+    )
+    topology_devices('v5p:2x2x1')
+    assert os.environ['XLA_FLAGS'] == '--xla_backend_optimization_level=0'
 
 
 @pytest.mark.parametrize(
