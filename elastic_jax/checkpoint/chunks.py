@@ -21,8 +21,9 @@ COUNTED = ('mlp_blocks', 'shared_width_blocks', 'experts_blocks', 'experts', 'kv
            'mamba_heads')  # fmt: skip
 EDGES = {'embed': EDGE, 'mlp': EDGE, 'shared_width': EDGE, 'expert_width': EDGE, 'mamba_head_dim': 16}
 EDGES |= dict.fromkeys(COUNTED, 1)
-# Elements. Axes that are not elastic fill a chunk up to the first; every axis does up to the second, whatever that costs.
-FULL, SLIVER = 1 << 14, 1 << 9
+# Elements. Axes that are not elastic fill a chunk up to the first; every axis does up to the second, whatever that costs: chunks
+# of 1 KB and less are kept inside the nodes of the index, which every write of a part reads and writes again.
+FULL, SLIVER = 1 << 14, 1 << 10
 
 
 def item_handlers(params: ocp.CheckpointHandler | None = None) -> dict[str, ocp.CheckpointHandler]:

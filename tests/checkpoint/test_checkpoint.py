@@ -1,6 +1,7 @@
 """Checkpoints on a real disk: slices read from them, damage noticed, the good ones kept."""
 
 import dataclasses
+import math
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastic_jax.checkpoint.chunks import chunk_shape
 from elastic_jax.checkpoint.manager import CheckpointManager
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.restore import read_manifest, restore_slice
@@ -147,3 +149,11 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(finished
     with pytest.raises(UserError, match=r'no checkpoint in .* is good'):
         store.restore_newest(said.append)
     store.close()
+
+
+@pytest.mark.parametrize('width', [1033, 1024, 1037])
+def test_no_width_makes_chunks_that_fit_into_the_index(width):
+    """OCDBT keeps values of up to 1 KB in its index, here of bfloat16; 1033 is prime, and chunks divide what they cut."""
+    shape = (4, 4, 2048, width)
+    chunk = chunk_shape(('experts_blocks', 'experts', 'embed', 'expert_width'), shape, shape)
+    assert 1024 < 2 * math.prod(chunk) <= 2**16 and all(size % edge == 0 for size, edge in zip(shape, chunk, strict=True))
