@@ -88,7 +88,8 @@ class Times:
     """The file of measured times: device -> what was measured -> seconds."""
 
     def __init__(self, path: Path):
-        self.path, self.measured, self.reused = path, 0, 0
+        self.path, self.measured = path, 0
+        self._used: set[str] = set()
         self.device = device_key()
         self._all = self._read()
         self.own: dict[str, float] = self._all.setdefault(self.device, {})
@@ -106,13 +107,17 @@ class Times:
 
     def get(self, key: str, measure: Callable[[], float]) -> float:
         """The seconds kept for `key`, else measured now and kept."""
-        if key in self.own:
-            self.reused += 1
-            return self.own[key]
-        self.own[key] = measure()
-        self.measured += 1
-        self._write()
+        self._used.add(key)
+        if key not in self.own:
+            self.own[key] = measure()
+            self.measured += 1
+            self._write()
         return self.own[key]
+
+    @property
+    def reused(self) -> int:
+        """How many of the times asked for were in the file before."""
+        return len(self._used) - self.measured
 
     def _write(self) -> None:
         temporary = self.path.with_suffix(f'.{os.getpid()}.tmp')

@@ -62,6 +62,7 @@ def test_times_are_kept_by_device_and_not_measured_again(tmp_path, monkeypatch):
     assert first.times.measured == len(first.times.own) > 10
     monkeypatch.setattr(latency, 'decode_seconds', lambda *_: pytest.fail('measured again'))
     again = table_of(path)
+    assert (first.times.reused, again.times.reused) == (0, first.times.measured)
     assert again.times.measured == 0 and again(HYBRID) == first(HYBRID)
     monkeypatch.setattr(latency, 'device_key', lambda: 'another device')
     monkeypatch.setattr(latency, 'decode_seconds', lambda *args: 2 * invented(*args))
