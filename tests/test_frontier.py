@@ -46,6 +46,7 @@ def test_the_frontier_is_written_and_its_widths_slice(capsys, finished_run, tmp_
     score = elastic_jax.open_checkpoint(tmp_path / 'cut').load('full').evaluate(heldout)
     assert score['bits_per_byte'] == pytest.approx(float(between['bits_per_byte']), rel=1e-5)
     assert f'slice --checkpoint {opened.path}' in table and 'bits/byte' in table
+    assert ('measured over predicted: median' in table) == bool(flags)
 
 
 @pytest.mark.parametrize(

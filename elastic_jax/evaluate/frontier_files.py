@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shlex
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,7 +153,15 @@ class Frontier:
         sizes = [max(len(line[n]) for line in lines) for n in range(len(head))]
         pad = lambda n, cell: cell.ljust(sizes[n]) if n in (1, len(head) - 1) else cell.rjust(sizes[n])
         aligned = ['  '.join(pad(n, cell) for n, cell in enumerate(line)).rstrip() for line in lines]
-        return '\n'.join([*aligned, '', *commands])
+        return '\n'.join([*aligned, *self._misses(shown), '', *commands])
+
+    def _misses(self, shown: Sequence[FrontierRow]) -> list[str]:
+        """How far measured latencies are from the predicted ones, in a line."""
+        ratios = [row.measured_latency / row.cost for row in shown if row.measured_latency is not None and row.cost]
+        if not ratios:
+            return []
+        median = statistics.median(ratios)
+        return ['', f'measured over predicted: median {median:.2f}, from {min(ratios):.2f} to {max(ratios):.2f}']
 
 
 def check_folder(out: epath.PathLike) -> None:

@@ -208,7 +208,9 @@ class LatencyTable:
             return bare
         changes = {AXES[axis].field: width for axis, width in widths.items() if axis != 'embed'}
         blocks = self._blocks[mixer]
-        count = min(max(len(blocks), FEWEST), MOST)
+        # As many as make up the parent: weights that a whole model reads anew at every step must not stay in a small cache here.
+        size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        count = min(max(round(size(self.params) / size(self.params[layer_name(blocks[0])])), FEWEST), MOST)
         narrow = dataclasses.replace(mixer, **changes)
         whole = self._measured((narrow,) * count, embed, mixer, list(itertools.islice(itertools.cycle(blocks), count)))
         return (whole - bare) / count
