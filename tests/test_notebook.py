@@ -31,6 +31,7 @@ def test_the_committed_outputs_are_whole():
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     notebook = nbformat.read(PATH, 4)
     training = next(cell for cell in notebook.cells if "{'steps': 200" in cell.source)
     training.source = training.source.replace("'steps': 200", "'steps': 8").replace("'steps': 30", "'steps': 4")
