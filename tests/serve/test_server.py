@@ -117,14 +117,17 @@ def test_several_prompts_choices_and_our_own_fields(client):
     assert tokens.choices[0].text == alone('abc', 'full', 8).text
 
 
-def test_a_stream_adds_up_to_the_whole(client):
+def test_a_stream_adds_up_to_the_whole(served, client, monkeypatch):
+    # A step for each chunk that has arrived: else a busy machine's client may find them all made.
+    arrived, step = threading.Semaphore(1), served.service.runner.engine.step
+    monkeypatch.setattr(served.service.runner.engine, 'step', lambda: (arrived.acquire(timeout=0.2), step())[1])
     whole = alone('abc', 'full', 60)
     stop = whole.text[30:33]
     expected = alone('abc', 'full', 60, [stop])
     stream = client.completions.create(
         model='full', prompt='abc', max_tokens=60, stop=[stop], stream=True, stream_options={'include_usage': True}, **WARM
     )
-    chunks = list(stream)
+    chunks = [(chunk, arrived.release())[0] for chunk in stream]
     texts = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     assert len(texts) > 2 and ''.join(texts) == expected.text
     assert chunks[-1].usage.completion_tokens == len(expected.tokens)
