@@ -9,8 +9,8 @@ chip of 256 v5p chips.
   elastic import --hf nvidia/NVIDIA-Nemotron-Nano-12B-v2 --checkpoint runs/nano_v2
   elastic train  --config experiments/nemotron_elastic_12b.py --workdir gs://BUCKET/nemotron    with your config.data
 
-Its plan has not been compiled yet. The parent has 12.31B parameters. The widths that are planned with are not
-the paper's, but have its budgets' sizes (9.00B, 5.98B) on multiples of 256, the TPU's tile.
+What the stage `short` costs is in RESULTS.md, by the TPU compiler. The parent has 12.31B parameters. The widths that are
+planned with are not the paper's, but have its budgets' sizes (9.00B, 5.98B) on multiples of 256, the TPU's tile.
 """
 
 from ml_collections import ConfigDict
