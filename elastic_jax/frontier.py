@@ -35,6 +35,7 @@ from elastic_jax.nest.freeze import freeze_between
 from elastic_jax.nest.search import Candidate, Pool, search
 from elastic_jax.nest.slice import slice_params
 from elastic_jax.nest.space import CostOf, Space, at_cost, make_space, trained_line
+from elastic_jax.train.config import default_config
 
 Say = Callable[[str], None]
 BOUNDS = {'points': 1, 'evaluations': 1, 'context': 2, 'batches': 1, 'rows': 1, 'cost_context': 1}
@@ -184,7 +185,7 @@ def _run_grid(checkpoint: Checkpoint) -> tuple[Grid, int]:
     """(the choices that the router of the checkpoint's run had, what channel widths are multiples of there)."""
     path = checkpoint.path.parent.parent / 'config.json'
     config = json.loads(path.read_text()) if path.exists() else {}
-    choices, multiple = config.get('choices', {}), config.get('choice_multiple', 1)
+    choices, multiple = config.get('choices', {}), config.get('choice_multiple', default_config().choice_multiple)
     grid = make_grid(checkpoint.arch, choices, config.get('per_layer', ()), checkpoint.layout, multiple) if choices else ()
     return grid, multiple
 
