@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from elastic_jax.arch import unknown_name
 from elastic_jax.errors import UserError, WorkError
+from elastic_jax.nest.alignment import Misaligned, misaligned
 from elastic_jax.plan.advice import changes
-from elastic_jax.plan.alignment import Misaligned, misaligned
 from elastic_jax.plan.chips import Topology, topology_devices
 from elastic_jax.plan.compiled import Compiled, compile_program
 from elastic_jax.plan.programs import Candidate, budget_archs, candidates

@@ -80,11 +80,11 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
     if config.compilation_cache:
         jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-    plan, place, passed_over = prepare(config, workdir)
+    plan, place, first = prepare(config, workdir)
     store, waits = persist.Store(workdir, plan, place), True
     try:
         with RunProgress({stage.name: stage_flops(plan, stage) for stage in plan.stages}, is_main()) as progress:
-            for sentence in passed_over:
+            for sentence in first:
                 progress.say(sentence)
             restored = store.restore_newest(progress.say)
             latest = None if restored is None else restored.step

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from elastic_jax.data.pipeline import fingerprints, read_all
+from elastic_jax.nest.alignment import misaligned
 from elastic_jax.observe.sinks import check_observing
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.processes import check_same, is_main, together
@@ -18,7 +19,9 @@ from elastic_jax.train.workdir import check_shared, check_workdir, claim_workdir
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Plan, Placement, list[str]]:
-    """(the plan, where its arrays live, sentences on data that was passed over); the workdir is this experiment's afterwards.
+    """(the plan, where its arrays live, sentences worth saying first); the workdir is this experiment's afterwards.
+
+    The sentences are on data that was passed over, and on widths given by hand that the accelerator's tiles do not divide.
 
     Raises: UserError for what is wrong on any process, before anything is written; then, when the workdir cannot be written.
     """
@@ -36,4 +39,11 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Plan, Placement, l
     check_same(facts, 'start all of them with the same arguments, config file, data and installation')
     together(lambda: claim_workdir(workdir, config) if is_main() else None)
     together(lambda: check_shared(workdir, config))
-    return plan, place, passed_over
+    return plan, place, passed_over + on_tiles(plan, place.mesh.devices.flat[0].platform)
+
+
+def on_tiles(plan: Plan, platform: str) -> list[str]:
+    """A sentence for each width given by hand that is no whole tiles; none on CPUs, which have none."""
+    if platform == 'cpu':
+        return []
+    return [str(one) for one in misaligned(plan.by_hand, plan.layout, plan.stages[-1].context)]

@@ -7,8 +7,8 @@ import pytest
 
 from elastic_jax.errors import UserError
 from elastic_jax.hlo_cost import KINDS, Collective
+from elastic_jax.nest.alignment import Misaligned
 from elastic_jax.plan.advice import changes
-from elastic_jax.plan.alignment import Misaligned
 from elastic_jax.plan.chips import GIB, Topology, topology_devices
 from elastic_jax.plan.compiled import Compiled, bytes_wanted
 from elastic_jax.plan.planner import Planned, Row

@@ -30,6 +30,12 @@ class Misaligned:
     aligned: int
     extra_flops: float
 
+    def __str__(self) -> str:
+        return (
+            f'{self.budget}: {self.axis}={self.width} is no multiple of {self.tile}, so it costs what {self.aligned} does '
+            f'({self.extra_flops:+.1%} of its FLOPs, and copies)'
+        )
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -4,7 +4,10 @@ import pytest
 
 from elastic_jax.arch import MLP, Arch
 from elastic_jax.layout import Layout
-from elastic_jax.plan.alignment import misaligned
+from elastic_jax.nest.alignment import misaligned
+from elastic_jax.train.prepare import on_tiles
+from elastic_jax.train.setup import make_plan
+from tests.train.tiny_experiment import get_config
 
 PARENT = Arch.from_pattern('---', vocab=1000, embed=256, mlp=MLP(width=512))
 SMALL = PARENT.narrow({'embed': 200, 'mlp@1': 320, 'mlp@2': 320})
@@ -29,3 +32,11 @@ def test_the_blocks_of_a_layout_are_whole_tiles_each():
     assert (one.tile, one.aligned) == (1024, 1024)
     assert misaligned({'full': PARENT}, Layout(mlp=4), 64) == ()
     assert {one.aligned for one in misaligned({'small': SMALL}, Layout(), 64, tile=64)} == {256}  # embed 200; 320 is five
+
+
+def test_training_says_it_of_widths_by_hand_where_there_are_tiles():
+    plan = make_plan(get_config('by_hand'))
+    said = on_tiles(plan, 'tpu')
+    assert {sentence.split(' is ')[0] for sentence in said} >= {'mid: embed=12', 'mid: mlp=16', 'small: embed=8', 'small: mlp=16'}
+    assert 'no multiple of 128, so it costs what 128 does' in said[0]
+    assert on_tiles(plan, 'cpu') == []
