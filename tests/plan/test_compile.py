@@ -78,8 +78,11 @@ def test_one_period_of_the_published_setting_compiles():
     assert sum(step[part] for part in step if part not in ('total', 'fits')) == step['total'] < 95 * GIB
     small = plan.parent.narrow(embed=1920, expert_width=960)
     assert decode['parameters'] == pytest.approx(weight_bytes(small), rel=1e-6)
-    # Parameters are gathered for the pass of the teacher, forward, and again backward: at least thrice in bfloat16.
-    assert found['collectives']['short']['all-gather']['bytes'] >= 3 * 0.9 * weight_bytes(plan.parent)
+    # In bfloat16 parameters are gathered for the pass of the teacher, forward, and again backward; but not the two tables of the
+    # vocabulary, of which one is only read forward, and the other's gradients are made there (model/losses.py).
+    tables = 2 * 2.0 * plan.parent.vocab * plan.parent.embed
+    gathered = found['collectives']['short']['all-gather']['bytes']
+    assert gathered == pytest.approx(3 * weight_bytes(plan.parent) - tables, rel=1e-3)
     assert set(found['collectives']['short']) == set(KINDS)
     assert found['collectives']['short']['all-to-all']['count'] == 0
     assert found['cycles']['short'] > found['cycles']['decode/small'] > 0
