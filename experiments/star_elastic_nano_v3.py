@@ -9,8 +9,8 @@ weights 0.5/0.3/0.2 (60B tokens). One sequence per chip of 256 v5p chips.
   elastic import --hf nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --checkpoint runs/nano_v3
   elastic train  --config experiments/star_elastic_nano_v3.py --workdir gs://BUCKET/star        with your config.data
 
-What the stage `short` costs is in RESULTS.md, by the TPU compiler. The 23B's widths are not published; those
-below have its parameters (23.70B), and the 12B's are the published ones (12.43B).
+What the stages `short` and `long` cost is in RESULTS.md, by the TPU compiler. The 23B's widths are not published; those below
+have its parameters (23.70B), and the 12B's are the published ones (12.43B).
 """
 
 from ml_collections import ConfigDict
