@@ -16,14 +16,13 @@ from ml_collections import ConfigDict
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
-from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.tasks import Task, read_task, run_task
 from elastic_jax.infer.resident import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEvaluator:
-    """Loss, perplexity and bits per byte on all of a text or JSONL file."""
+    """Loss, perplexity and bits per byte on all of a text or JSONL file: the batches that a run scores as it does its own."""
 
     data: ConfigDict
     context: int = 256
@@ -33,9 +32,6 @@ class TextEvaluator:
     @cached_property
     def heldout(self) -> Sequence[Batch]:
         return list(heldout_batches(self.data, self.batch_size, self.context, self.batches))
-
-    def __call__(self, weights: Weights, tokenizer: Tokenizer) -> dict[str, float]:
-        return evaluate(weights.own(), weights.arch, self.heldout, weights.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

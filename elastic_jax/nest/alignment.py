@@ -40,8 +40,8 @@ class Misaligned:
         return dataclasses.asdict(self)
 
 
-def misaligned(archs: Mapping[str, Arch], layout: Layout, context: int, tile: int = 128) -> tuple[Misaligned, ...]:
-    """The widths of channels in every budget that are no multiple of the tile, each of them once."""
+def misaligned(archs: Mapping[str, Arch], layout: Layout, context: int, tile: int) -> tuple[Misaligned, ...]:
+    """The widths of channels in every budget that are no multiple of the tile (config.choice_multiple), each of them once."""
     found = []
     for budget, arch in archs.items():
         needed = flops_per_token(arch, context)

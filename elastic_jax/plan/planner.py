@@ -87,7 +87,7 @@ def plan_run(
         progress(f'compiling {name} for {topology}')
         rows.append(_compile(found[name], target.hbm_bytes))
     advice = {change: None for row in rows for change in changes(row.name, row.compiled, plan, place)}
-    widths = misaligned(budget_archs(plan), plan.layout, plan.stages[-1].context)
+    widths = misaligned(budget_archs(plan), plan.layout, plan.stages[-1].context, config.choice_multiple)
     return Planned(target, dict(place.mesh.shape), tuple(rows), tuple(advice), widths)
 
 

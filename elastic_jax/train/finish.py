@@ -13,7 +13,7 @@ from etils import epath
 
 from elastic_jax.arch import Arch
 from elastic_jax.data.pipeline import heldout_batches
-from elastic_jax.evaluate.evaluators import TextEvaluator, make_evaluators
+from elastic_jax.evaluate.evaluators import TaskEvaluator, TextEvaluator, make_evaluators
 from elastic_jax.evaluate.perplexity import evaluate, score
 from elastic_jax.evaluate.report import write_report
 from elastic_jax.evaluate.summary import format_table, summary_rows
@@ -47,7 +47,7 @@ class Evaluator:
         }
         if jax.process_count() > 1:
             # Of several processes none has a whole slice to write with.
-            tasks = [name for name, own in self.more.items() if not isinstance(own, TextEvaluator)]
+            tasks = [name for name, own in self.more.items() if isinstance(own, TaskEvaluator)]
             self.more = {name: own for name, own in self.more.items() if name not in tasks}
             left_out = [f'evaluators.{name}' for name in tasks] + ['samples'] * bool(plan.config.samples.prompts)
             if left_out:
@@ -91,13 +91,16 @@ class Evaluator:
 
     def run_more(self, at: Snapshot, stage: str) -> None:
         """Scores every budget with the evaluators of the config, each on the budget's slice."""
+        has_tasks = any(isinstance(run, TaskEvaluator) for run in self.more.values())
         for name, arch in at.archs.items():
+            if has_tasks:
+                sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
+                weights = weights_of(sliced, arch, self.plan.layout, self.plan.config.dtype)
             for evaluator, run in self.more.items():
                 if isinstance(run, TextEvaluator):
                     scores = self._score(at.state.params, at.parent, arch, run.heldout)
                 else:
-                    sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
-                    scores = run(weights_of(sliced, arch, self.plan.layout, self.plan.config.dtype), self.plan.tokenizer)
+                    scores = run(weights, self.plan.tokenizer)
                 self.writer.write('evaluator', at.step, stage=stage, budget=name, evaluator=evaluator, scores=scores)
 
     def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:

@@ -46,4 +46,5 @@ def on_tiles(plan: Plan, platform: str) -> list[str]:
     """A sentence for each width given by hand that is no whole tiles; none on CPUs, which have none."""
     if platform == 'cpu':
         return []
-    return [str(one) for one in misaligned(plan.by_hand, plan.layout, plan.stages[-1].context)]
+    widths = misaligned(plan.by_hand, plan.layout, plan.stages[-1].context, plan.config.choice_multiple)
+    return [str(one) for one in widths]

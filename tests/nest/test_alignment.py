@@ -19,7 +19,7 @@ def flops(embed, widths):
 
 
 def test_every_misaligned_width_is_named_once_with_what_whole_tiles_compute():
-    found = {(one.axis, one.width): one for one in misaligned({'full': PARENT, 'small': SMALL}, Layout(), 64)}
+    found = {(one.axis, one.width): one for one in misaligned({'full': PARENT, 'small': SMALL}, Layout(), 64, tile=128)}
     assert {one.budget for one in found.values()} == {'small'}
     assert {key: one.aligned for key, one in found.items()} == {('embed', 200): 256, ('mlp', 320): 384}
     needed = flops(200, (512, 320, 320))
@@ -28,9 +28,9 @@ def test_every_misaligned_width_is_named_once_with_what_whole_tiles_compute():
 
 
 def test_the_blocks_of_a_layout_are_whole_tiles_each():
-    (one,) = misaligned({'full': PARENT}, Layout(mlp=8), 64)
+    (one,) = misaligned({'full': PARENT}, Layout(mlp=8), 64, tile=128)
     assert (one.tile, one.aligned) == (1024, 1024)
-    assert misaligned({'full': PARENT}, Layout(mlp=4), 64) == ()
+    assert misaligned({'full': PARENT}, Layout(mlp=4), 64, tile=128) == ()
     assert {one.aligned for one in misaligned({'small': SMALL}, Layout(), 64, tile=64)} == {256}  # embed 200; 320 is five
 
 
