@@ -1,4 +1,4 @@
-"""What to change in a config when a program does not fit in memory, the largest part first."""
+"""What to change in a config when a program does not fit in memory, the largest part first, or sends more than it needs to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from elastic_jax.train.setup import Plan
 
 
 def changes(name: str, compiled: Compiled | None, plan: Plan, place: Placement) -> list[str]:
-    """Sentences that name config keys, for a program that does not fit; none for one that does."""
-    if compiled is None or compiled.fits:
+    """Sentences that name config keys; none for a program that fits and gathers its parameters."""
+    if compiled is None:
         return []
+    if compiled.fits:
+        return _for_traffic(name, compiled, plan, place)
     stored = sum(compiled.memory.get(part, 0) for part in ('parameters', 'optimizer', 'teacher'))
     if name.startswith('decode/'):
         return [
@@ -32,6 +34,18 @@ def _for_state(name: str, plan: Plan, place: Placement) -> list[str]:
             f'take config.mesh.fsdp={wider[-1]} and config.mesh.replica=-1'
         ]
     return [f'{name}: parameters and optimiser are already split {spread} ways; take a topology with more chips']
+
+
+def _for_traffic(name: str, compiled: Compiled, plan: Plan, place: Placement) -> list[str]:
+    """Of a gather over the whole of a three-dimensional torus the TPU compiler makes an all-reduce (libtpu 0.0.52)."""
+    fsdp, found = place.mesh.shape['fsdp'], compiled.collectives
+    fewer = [size for size in range(2, fsdp) if fsdp % size == 0 and _splits(size, plan, place)]
+    if name.startswith('decode/') or not fewer or found is None or found['all-gather'].count:
+        return []
+    return [
+        f'{name}: the compiler fetches parameters over {fsdp} chips by all-reduce, which sends them twice; '
+        f'take config.mesh.fsdp={fewer[-1]} and config.mesh.replica=-1'
+    ]
 
 
 def _splits(fsdp: int, plan: Plan, place: Placement) -> bool:

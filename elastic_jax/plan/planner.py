@@ -30,7 +30,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run on a topology. `changes` says what would make it fit where it does not; `misaligned` is what tiles do not divide."""
+    """A run on a topology. `changes` says what would make it fit, or send less; `misaligned` is what tiles do not divide."""
 
     topology: Topology
     mesh: dict[str, int]

@@ -66,11 +66,14 @@ def test_only_what_the_run_itself_needs_decides_whether_it_fits():
     assert 'NO' in shown
 
 
-def plan_here():
+def plan_here(devices=1):
     config = get_config()
+    config.mesh.fsdp = devices
+    if devices > 1:
+        config.stages.short.batch_size, config.stages.long.batch_size = 8, 4
     config.plan.widths.update({'mid': 'embed=12,mlp=16', 'small': 'embed=8,mlp=16'})
     plan = make_plan(config, elsewhere=True)
-    return plan, plan.place(jax.devices()[:1])
+    return plan, plan.place(jax.devices()[:devices])
 
 
 @pytest.mark.parametrize('largest', ['parameters', 'temporary'])
@@ -83,6 +86,14 @@ def test_what_to_change_begins_with_the_largest_part(largest):
     assert any('config.remat=True' in change for change in found)
     assert any('config.stages.short.' in change for change in found)
     assert changes('short', dataclasses.replace(full, fits=True), plan, place) == []
+
+
+def test_parameters_that_are_fetched_by_all_reduce_are_noticed():
+    plan, place = plan_here(devices=4)
+    reduced = STEP.collectives | {'all-gather': Collective(), 'all-reduce': Collective(3, 4, {4: (3, 4)})}
+    assert changes('short', STEP, plan, place) == []
+    (change,) = changes('short', dataclasses.replace(STEP, collectives=reduced), plan, place)
+    assert 'over 4 chips by all-reduce' in change and 'config.mesh.fsdp=2' in change
 
 
 def test_a_step_that_draws_budgets_is_planned_with_the_largest():
