@@ -35,7 +35,7 @@ WIDTHS = {
     'small': 'embed=96,mlp=256,mamba_heads=4,query_heads=1',
 }
 TRAINED_LENGTHS, NEW_LENGTHS = (1, 2, 3, 4, 5, 7, 8), (6, 9)
-LIMITS = (1, 4, 8, 16, 32)
+LIMITS = (1, 4, 8, 16, 24, 40)
 ROWS = 64  # questions answered together
 
 
@@ -57,7 +57,7 @@ def get_config(data: dict[str, dict[str, Any]], parent: str = '') -> ConfigDict:
     config.teacher = 'none'
     config.stages.pretrain = stage('pretrain', 1000, 256, 8, optimizer={'lr': 3e-3, 'final_lr': 3e-4, 'warmup': 50})
     shares = {'full': 0.4, 'mid': 0.3, 'small': 0.3}
-    config.stages.elastic = stage('elastic', 200, 256, 4, mode='sampled', probabilities=shares, data=data['answering'])
+    config.stages.elastic = stage('elastic', 600, 256, 8, mode='sampled', probabilities=shares, data=data['answering'])
     config.curriculum = ('elastic',) if parent else ('pretrain', 'elastic')
     config.parent.checkpoint = parent
     config.calibrate.update({'batches': 4, 'batch_size': 16, 'context': 256, 'layer_batches': 0})

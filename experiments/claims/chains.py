@@ -1,9 +1,10 @@
 """A reasoning task made on the spot: chains of arithmetic on digits, worked out step by step between delimiters.
 
-  4+7*3-8=<+7=1*3=3-8=5>5
+  4+7*3-8=<+7=1*3=3-8=5.>5
 
 A chain is read from left to right and every value is taken modulo 10. Its difficulty is its number of operations. Without the
-thoughts the answer needs all steps at once; with some of them, the rest.
+thoughts the answer needs all steps at once; with some of them, the rest. A full stop ends thoughts that are complete: the answer
+then is their last value.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-OPENING, CLOSING = '<', '>'
+OPENING, CLOSING, COMPLETE = '<', '>', '.'
 # What the assistant says is scored, what it is asked and given is not.
 TEMPLATE = (
     '{% for message in messages %}{% if message.role == "assistant" %}{% generation %}{{ message.content }}{% endgeneration %}'
@@ -47,7 +48,8 @@ class Chain:
 
     @property
     def thoughts(self) -> str:
-        return ''.join(f'{o}{n}={value}' for (o, n), value in zip(self._steps(), self.values, strict=True))
+        steps = zip(self._steps(), self.values, strict=True)
+        return ''.join(f'{o}{n}={value}' for (o, n), value in steps) + COMPLETE
 
     @property
     def answer(self) -> str:
@@ -97,7 +99,7 @@ def answering(chain: Chain, rng: random.Random) -> list[dict[str, str]]:
     asked = chain.question + OPENING
     if rng.random() < 0.2:
         return [say('user', asked), say('assistant', chain.thoughts + CLOSING + chain.answer)]
-    steps = rng.randint(0, len(chain.operations))
+    steps = rng.randint(0, len(chain.operations) + 1)  # the last: complete, and said so
     return [say('user', asked + chain.thoughts[: STEP * steps] + CLOSING), say('assistant', chain.answer)]
 
 
