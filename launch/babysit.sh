@@ -12,7 +12,7 @@
 #   the run is finished                         ends with 0; the slice stays: launch/tpu_vm.sh delete
 # It may itself be stopped and started at any time; it keeps nothing. --dry-run prints what a preempted slice brings about.
 #
-# example: launch/babysit.sh --name star --project my-project --zone us-east5-a --type v5p-128 --image v2-alpha-tpuv5 \
+# example: launch/babysit.sh --name star --project my-project --zone us-east5-a --type v5p-512 --image v2-alpha-tpuv5 \
 #            --spot --bucket my-bucket -- --config experiments/star_elastic_nano_v3.py
 here=$(dirname "$0")
 # shellcheck source-path=SCRIPTDIR source=common.sh
