@@ -30,10 +30,10 @@ from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.restore import restore_slice
-from elastic_jax.checkpoint.stored import read_manifest, step_directory, tokenizer_folder
+from elastic_jax.checkpoint.stored import read_manifest, step_directory, tokenizer_files, tokenizer_folder
 from elastic_jax.cost import cost_of
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
-from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
+from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer, token_ids
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
@@ -182,7 +182,8 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         folder = tokenizer_folder(self.path, self.manifest)
-        return load_tokenizer(os.fspath(folder) if folder else 'bytes')
+        parents_own = token_ids((self.manifest.hf_config or {}).get('eos_token_id'))
+        return load_tokenizer(os.fspath(folder) if folder else 'bytes', parents_own)
 
     def arch_of(self, budget: str | None = None, widths: Mapping[str, int] | None = None) -> Arch:
         """The Arch of a budget, or of any widths that nest and respect the layout; unnamed axes stay full."""
@@ -242,7 +243,7 @@ class Checkpoint:
         arch, out = self.arch_of(budget, widths), epath.Path(out).resolve()
         if out.exists():
             raise UserError(f'{out} exists already; give a folder that does not')
-        tokenizer = tokenizer_folder(self.path, self.manifest)
+        tokenizer = tokenizer_files(self.path, self.manifest)
         read = LeafReader(self.path, arch)
 
         def lazy(group: str, name: str, param: Any) -> LazyLeaf:

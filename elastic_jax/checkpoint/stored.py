@@ -52,6 +52,15 @@ def tokenizer_folder(path: epath.PathLike, manifest: Manifest) -> epath.Path | N
     return folder
 
 
+def tokenizer_files(path: epath.PathLike, manifest: Manifest) -> epath.Path | None:
+    """The folder of tokenizer files that go along with every slice: also of a tokenizer that only its own library reads.
+
+    None when there are none. Raises: UserError as `tokenizer_folder`.
+    """
+    beside = step_directory(path).parent.parent / 'tokenizer'
+    return tokenizer_folder(path, manifest) or (beside if beside.exists() else None)
+
+
 def keep_files(source: epath.PathLike, target: epath.PathLike, names: Iterable[str]) -> None:
     """Copies those of the files `names` that there are."""
     source, target = epath.Path(source), epath.Path(target)

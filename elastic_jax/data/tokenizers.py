@@ -28,11 +28,16 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer(Protocol):
-    """What data, evaluation and generation need of a tokenizer."""
+    """What data, evaluation and generation need of a tokenizer.
+
+    Attributes:
+      eos_id: the end of a document. stop_ids: the tokens that end what is generated; eos_id is one of them.
+    """
 
     spec: dict[str, Any]
     vocab_size: int
     eos_id: int
+    stop_ids: tuple[int, ...]
     chat_template: str | None
 
     def encode(self, text: str | bytes) -> np.ndarray: ...
@@ -56,6 +61,7 @@ class ByteTokenizer:
     spec = {'kind': 'bytes'}  # noqa: RUF012 - never written to.
     vocab_size = 257
     eos_id = 256
+    stop_ids = (256,)
     chat_template = CHATML
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -94,9 +100,13 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer, from a folder with tokenizer.json (and tokenizer_config.json, which names the end of text)."""
+    """A Hugging Face tokenizer, from a folder with tokenizer.json.
 
-    def __init__(self, folder: str):
+    tokenizer_config.json names the end of text; generation_config.json may name other tokens that end an answer, such as the end
+    of a turn, and a model's config.json as well (`also_stop`).
+    """
+
+    def __init__(self, folder: str, also_stop: Iterable[int] = ()):
         import tokenizers
 
         path = Path(folder) / 'tokenizer.json'
@@ -110,6 +120,8 @@ class HFTokenizer:
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.config = _read_json(Path(folder) / 'tokenizer_config.json')
         self.eos_id = self._special('eos_token')
+        generation = _read_json(Path(folder) / 'generation_config.json')
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *token_ids(generation.get('eos_token_id')), *also_stop]))
         self.chat_template = _chat_template(Path(folder), self.config)
 
     def _special(self, name: str) -> int:
@@ -190,6 +202,11 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def token_ids(entry: Any) -> list[int]:
+    """The ids of an entry such as `eos_token_id`, which may be one, several, or null."""
+    return [entry] if isinstance(entry, int) else list(entry or ())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
@@ -197,8 +214,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f'{path} is not JSON: {error}') from error
 
 
-def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a spec: 'bytes', a folder with tokenizer.json, or the `spec` of another tokenizer."""
+def load_tokenizer(spec: str | dict[str, Any], also_stop: Iterable[int] = ()) -> Tokenizer:
+    """The tokenizer of a spec: 'bytes', a folder with tokenizer.json (`also_stop` of it), or the `spec` of another tokenizer."""
     if isinstance(spec, dict):
         spec = 'bytes' if spec.get('kind') == 'bytes' else str(spec.get('folder', ''))
-    return ByteTokenizer() if spec == 'bytes' else HFTokenizer(spec)
+    return ByteTokenizer() if spec == 'bytes' else HFTokenizer(spec, also_stop)

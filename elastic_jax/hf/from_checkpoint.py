@@ -11,7 +11,7 @@ from etils import epath
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Manifest
-from elastic_jax.checkpoint.stored import read_manifest, tokenizer_folder
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files
 from elastic_jax.data.tokenizers import ByteTokenizer
 from elastic_jax.hf.export import export_folder
 
@@ -35,7 +35,7 @@ def export_checkpoint(
     manifest = read_manifest(checkpoint)
     read = LeafReader(checkpoint, child)
     config = manifest.hf_config
-    tokenizer = tokenizer_folder(checkpoint, manifest)
+    tokenizer = tokenizer_files(checkpoint, manifest)
     return export_folder(
         out,
         child,

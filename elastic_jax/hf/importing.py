@@ -101,7 +101,8 @@ def _tokenizer_spec(folder: Path, workdir: epath.Path) -> dict[str, str]:
     """The spec of the tokenizer whose files will be kept in the workdir; without tokenizer.json text is bytes."""
     if (folder / 'tokenizer.json').is_file():
         return {'kind': 'hf', 'folder': str(workdir / 'tokenizer')}
-    print(f'elastic: {folder} has no tokenizer.json, so text will be read as bytes', file=sys.stderr)
+    said = 'text will be read as bytes here, and what tokenizer files there are go along'
+    print(f'elastic: {folder} has no tokenizer.json, so {said}', file=sys.stderr)
     return dict(ByteTokenizer.spec)
 
 

@@ -21,7 +21,7 @@ from elastic_jax.infer.generate import GREEDY, encode_prompts, per_prompt, seeds
 from elastic_jax.infer.handover import FILLS, hand_over
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
-from elastic_jax.infer.text import Completion, check_stop, complete, first_stop, tokens_until
+from elastic_jax.infer.text import Completion, check_stop, complete, first_end, first_stop, tokens_until
 
 SWITCHES = ('recompute', 'hand-over')
 
@@ -103,7 +103,7 @@ def think_then_answer(
     """
     stop, clock = check_stop(stop), Clock()
     begun = [row.tolist() for row in encode_prompts(tokenizer, [f'{prompt}{control.opening}' for prompt in prompts])]
-    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.eos_id)
+    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
     # Thoughts that end inside a token are written anew, which may take more tokens.
     spare = PIECE + 2 * len(tokenizer.encode(control.closing))
     capacity = max(map(len, begun)) + control.thinking_tokens + spare + control.max_tokens
@@ -179,8 +179,8 @@ def _think(
 def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Thoughts:
     """What some drawn tokens are as thoughts; closed by themselves, by the end of text, or by the limit."""
     closing = tokenizer.encode(control.closing).tolist()
-    if tokenizer.eos_id in drawn:
-        count = drawn.index(tokenizer.eos_id)
+    count = first_end(drawn, tokenizer)
+    if count is not None:
         return Thoughts(drawn[:count] + closing, count, True)
     text = tokenizer.decode(drawn)
     cut = first_stop(text, [control.closing])
@@ -202,7 +202,7 @@ def shown_thoughts(tokens: list[int], tokenizer: Tokenizer, closing: str) -> str
     return tokenizer.decode(tokens).partition(closing)[0]
 
 
-def _kept(have: list[int], want: list[int]) -> int:
+def kept_of(have: list[int], want: list[int]) -> int:
     """How much of `want` a row may keep: the last token is run again, for the logits of the next one."""
     same = next((i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b), len(have))
     return min(same, len(want) - 1)
@@ -210,14 +210,14 @@ def _kept(have: list[int], want: list[int]) -> int:
 
 def _become(decoding: Decoding, held: list[list[int]]) -> None:
     """Makes every row hold these tokens."""
-    kept = [len(want) if have == want else _kept(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
+    kept = [len(want) if have == want else kept_of(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
     decoding.back_to(kept)
     decoding.feed([row[count:] for row, count in zip(held, kept, strict=True)])
 
 
 def _handed(decoding: Decoding, held: list[list[int]], taker: Weights, requests: Requests, fill: str) -> Decoding:
     """The taker's decoding of what the rows should hold, from the giver's cache."""
-    kept = [_kept(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
+    kept = [kept_of(have, want) for have, want in zip(decoding.tokens, held, strict=True)]
     decoding.back_to(kept)
     result = Decoding(taker, requests, decoding.capacity, [0] * decoding.rows)
     cache = hand_over(decoding.state.cache, decoding.weights.arch, taker, result.slots, fill)

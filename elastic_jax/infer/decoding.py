@@ -27,11 +27,16 @@ NO_TOKEN = -1
 
 
 class Requests(NamedTuple):
-    """What each row asked for. `entropy_B`: in nats; a row waits before a token that is less certain (infinite: never)."""
+    """What each row asked for.
+
+    Attributes:
+      stops_BxN: the tokens at which a row ends. entropy_B: in nats; a row waits before a token that is less certain (infinite:
+        never).
+    """
 
     knobs: Knobs
     keys_B: jax.Array
-    eos_B: jax.Array
+    stops_BxN: jax.Array
     entropy_B: jax.Array
 
 
@@ -54,14 +59,14 @@ class State(NamedTuple):
 
 
 def requests_of(
-    samplings: Sequence[Sampling], seeds: Sequence[int], eos_id: int = NO_TOKEN, entropy_limit: float = float('inf')
+    samplings: Sequence[Sampling], seeds: Sequence[int], stop_ids: Sequence[int] = (), entropy_limit: float = float('inf')
 ) -> Requests:
-    """The requests of rows as arrays."""
+    """The requests of rows as arrays; all rows end at the same tokens."""
     rows = len(samplings)
     return Requests(
         knobs_of(samplings),
         jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32)),
-        np.full(rows, eos_id, np.int32),
+        np.tile(np.asarray(stop_ids, np.int32), (rows, 1)),
         np.full(rows, entropy_limit, np.float32),
     )
 
@@ -84,6 +89,12 @@ def mark_seen(seen_BxV: jax.Array, tokens_BxT: jax.Array, valid_B: jax.Array) ->
     rows_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[0])[:, None], tokens_BxT.shape)
     real_BxT = jnp.arange(tokens_BxT.shape[1])[None] < valid_B[:, None]
     return seen_BxV.at[rows_BxT, jnp.where(real_BxT, tokens_BxT, seen_BxV.shape[1])].set(True, mode='drop')
+
+
+def ends(requests: Requests, tokens: jax.Array) -> jax.Array:
+    """Which of the tokens [B, ...] end their row."""
+    stops = requests.stops_BxN.reshape(tokens.shape[0], *(1,) * (tokens.ndim - 1), -1)
+    return jnp.any(tokens[..., None] == stops, axis=-1)
 
 
 def token_keys(requests: Requests, drawn_B: jax.Array) -> jax.Array:
@@ -134,7 +145,7 @@ def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, ja
         tokens_BxN = tokens_BxN.at[:, step].set(jnp.where(active_B, token_B, NO_TOKEN))
         gained_B = active_B.astype(jnp.int32)
         state = run_tokens(weights, params, state, token_B[:, None], gained_B)
-        ended_B = active_B & (token_B == state.requests.eos_B)
+        ended_B = active_B & ends(state.requests, token_B)
         left_B = jnp.where(ended_B, 0, state.left_B - gained_B)
         state = state._replace(drawn_B=state.drawn_B + gained_B, left_B=left_B)
         return step + 1, state, active_B & going(state), tokens_BxN
@@ -196,7 +207,7 @@ class Decoding:
         self.slots = bucket(capacity + CHUNKS[1], 64)
         self.tokens: list[list[int]] = [[] for _ in range(self.rows)]
         padding = _power_of_two(self.rows) - self.rows
-        wide = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf), jnp.repeat(leaf[:1], padding)]), requests)
+        wide = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf), jnp.repeat(leaf[:1], padding, axis=0)]), requests)
         self.state = empty_state(weights, wide, self.slots, [*max_tokens, *[0] * padding])
         self.going, self.marked = [True] * self.rows, [0] * self.rows
         self._mark = jax.tree.map(jnp.copy, mark_of(self.state.cache))

@@ -36,7 +36,7 @@ def stream(
     if max_tokens < 1:
         raise UserError(f'max_tokens={max_tokens} must be at least 1')
     stop = check_stop(stop)
-    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.eos_id)
+    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
     longest = max(map(len, encoded))
     decoding = Decoding(weights, requests, longest + max_tokens, [max_tokens] * len(prompts))
     decoding.feed(encoded)

@@ -22,7 +22,7 @@ import numpy as np
 
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
-from elastic_jax.infer.decoding import Decoding, Requests, mark_seen, requests_of, token_keys
+from elastic_jax.infer.decoding import Decoding, Requests, ends, mark_seen, requests_of, token_keys
 from elastic_jax.infer.generate import GREEDY, encode_prompts, per_prompt, seeds_of
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, token_probabilities
@@ -155,7 +155,7 @@ def _round(large: Weights, small: Weights, own: tuple[Any, Any], state: Speculat
     places = jnp.arange(k + 1)[None]
     tokens_BxT = jnp.where(places == kept_B[:, None], new_B[:, None], jnp.pad(drafts_BxK, ((0, 0), (0, 1))))
     count_B = jnp.minimum(kept_B + 1, state.left_B)
-    ends_BxT = (tokens_BxT == requests.eos_B[:, None]) & (places < count_B[:, None])
+    ends_BxT = ends(requests, tokens_BxT) & (places < count_B[:, None])
     ended_B = jnp.any(ends_BxT, axis=1)
     count_B = jnp.where(ended_B, jnp.argmax(ends_BxT, axis=1) + 1, count_B) * active_B
     gained_B = (kept_B + 1) * active_B
@@ -205,7 +205,7 @@ def begin(large: Any, small: Cache) -> tuple[Speculation, jax.Array]:
     keys_B = token_keys(large.requests, large.drawn_B)
     active_B = (large.left_B > 0).astype(jnp.int32)
     token_B = draw(large.logits_BxV, large.seen_BxV, keys_B, large.requests.knobs)
-    left_B = jnp.where(token_B == large.requests.eos_B, 0, large.left_B - active_B)
+    left_B = jnp.where(ends(large.requests, token_B), 0, large.left_B - active_B)
     state = Speculation(
         large.cache,
         small,
@@ -239,7 +239,7 @@ def stream_speculative(
     for name, value in (('max_tokens', max_tokens), ('drafts', drafts)):
         if value < 1:
             raise UserError(f'{name}={value} must be at least 1')
-    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.eos_id)
+    requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
     capacity, limits = max(map(len, encoded)) + max_tokens + drafts + 1, [max_tokens] * len(prompts)
     pair = [Decoding(weights, requests, capacity, limits) for weights in (large, small)]
     for decoding in pair:

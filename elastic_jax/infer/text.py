@@ -14,9 +14,9 @@ class Completion:
     """One prompt's continuation.
 
     Attributes:
-      text: up to a stop string or the end-of-text token. While more may come, it holds back what a stop string could still
+      text: up to a stop string or a token that ends it. While more may come, it holds back what a stop string could still
         cut and a character of which bytes are missing, so that a later text only ever adds to it.
-      tokens: as drawn, without the end-of-text token; the last may reach into the stop string.
+      tokens: as drawn, without the token that ended them; the last may reach into the stop string.
       finish: 'stop' (end of text or a stop string), 'length', or empty while more may come.
     """
 
@@ -28,13 +28,19 @@ class Completion:
 def complete(tokens: list[int], tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> Completion:
     """The completion that the tokens so far make."""
     tokens, finish = tokens[:max_tokens], 'length' if len(tokens) >= max_tokens else ''
-    if tokenizer.eos_id in tokens:
-        tokens, finish = tokens[: tokens.index(tokenizer.eos_id)], 'stop'
+    end = first_end(tokens, tokenizer)
+    if end is not None:
+        tokens, finish = tokens[:end], 'stop'
     text = tokenizer.decode(tokens)
     cut = first_stop(text, stop)
     if cut is not None:
         return Completion(text[:cut], tokens[: tokens_until(tokens, tokenizer, stop)], 'stop')
     return Completion(text if finish else settled(text, stop), tokens, finish)
+
+
+def first_end(tokens: Sequence[int], tokenizer: Tokenizer) -> int | None:
+    """Where the first token stands that ends what is generated."""
+    return next((place for place, token in enumerate(tokens) if token in tokenizer.stop_ids), None)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -1,8 +1,9 @@
 """Continuous batching over budgets: which request is in which slot of which size, step by step. Nothing here knows of HTTP.
 
 A request waits in the queue of its size, is prefilled, decodes in a slot, and leaves it as soon as it has ended; if another size
-answers than thinks, it goes from the one's slot to the head of the other's queue. `submit` and `cancel` may be called from any
-thread; `step` from one. What listeners are told is the whole text so far, so that one who is late misses nothing.
+answers than thinks, it goes from the one's slot to the head of the other's queue, with its cache if that is handed over. `submit`
+and `cancel` may be called from any thread; `step` from one. What listeners are told is the whole text so far, so that one who is
+late misses nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.infer.budget_control import Control, Thoughts, shown_thoughts, thoughts_of
+from elastic_jax.infer.budget_control import Control, Thoughts, kept_of, shown_thoughts, thoughts_of
 from elastic_jax.infer.generate import GREEDY
+from elastic_jax.infer.handover import hand_over
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
 from elastic_jax.infer.text import complete, settled
-from elastic_jax.serve.lane import Lane, Prefill
+from elastic_jax.serve.lane import Given, Lane, Prefill
 
 
 class Overloaded(WorkError):
@@ -92,7 +94,12 @@ Listener = Callable[[Progress], None]
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A job on its way. `held`: what its row holds before it draws; `gained`: what it has drawn since."""
+    """A job on its way.
+
+    Attributes:
+      lane: the size whose queue or slot it is in. held: what its row holds before it draws. gained: what it has drawn since.
+      thinking: whether that is thoughts; `thoughts` are those so far. given: the cache that it brings to the next slot.
+    """
 
     job: Job
     listener: Listener
@@ -106,6 +113,25 @@ class Request:
     cancelled: bool = False
     slot: int | None = None
     prefill: Prefill | None = None
+    given: Given | None = None
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether its cache goes on to another slot when the thoughts are over, or the thinking size is unsure."""
+        return self.thinking and self.job.control.switch == 'hand-over'
+
+    @property
+    def entropy(self) -> float | None:
+        """Above which its thoughts go on to the answering size."""
+        first = self.thinking and self.thoughts is None
+        return self.job.control.entropy if first else None
+
+    @property
+    def limit(self) -> int:
+        """How many tokens its row may draw."""
+        if not self.thinking:
+            return self.job.max_tokens
+        return self.job.control.thinking_tokens - (self.thoughts.drawn if self.thoughts else 0)
 
 
 class Engine:
@@ -119,11 +145,11 @@ class Engine:
         self._open_lanes()
 
     def _open_lanes(self) -> None:
-        limits, eos_id = self.limits, self.sizes.tokenizer.eos_id
+        limits, stop_ids = self.limits, self.sizes.tokenizer.stop_ids
         self._queues: dict[str, deque[Request]] = {name: deque() for name in self.sizes.archs}
         self._rows: dict[str, list[Request | None]] = {name: [None] * limits.slots for name in self.sizes.archs}
         self._weights: dict[str, Weights] = {name: self.sizes.weights(name) for name in self.sizes.archs}
-        self._lanes = {name: Lane(weights, limits.slots, limits.context, eos_id) for name, weights in self._weights.items()}
+        self._lanes = {name: Lane(weights, limits.slots, limits.context, stop_ids) for name, weights in self._weights.items()}
 
     def submit(self, job: Job, listener: Listener) -> Request:
         """Takes a job on, or raises Overloaded at once. `listener` is called by the thread that steps.
@@ -216,33 +242,47 @@ class Engine:
         while spent < self.limits.prefill:
             request = next((row for row in rows if row is not None and row.prefill is not None), None)
             if request is None:
-                if not self._queues[name] or None not in rows:
+                request = self._next(name) if None in rows else None
+                if request is None:
                     return worked
-                request = self._queues[name].popleft()
                 request.slot = rows.index(None)
                 rows[request.slot] = request
                 job, drawn = request.job, request.thoughts.drawn if request.thoughts else 0
-                request.prefill = lane.begin(weights, request.held, job.sampling, job.seed, drawn)
+                own = (request.entropy, request.hands_over, request.given)
+                request.prefill = lane.begin(weights, request.held, job.sampling, job.seed, drawn, *own)
+                request.given = None
             spent, worked = spent + lane.feed(weights, request.prefill), True
             if not request.prefill.rest:
-                limit = request.job.control.thinking_tokens if request.thinking else request.job.max_tokens
-                lane.join(request.slot, request.prefill, limit)
+                lane.join(request.slot, request.prefill, request.limit)
                 request.prefill = None
         return worked
+
+    def _next(self, name: str) -> Request | None:
+        """The first of a queue that may have a slot, taken from it.
+
+        Caches that were handed over and wait for a slot take memory that nobody planned for: while there are as many as slots, no
+        row begins that would make one more. Rows in slots never wait for others, so these caches get slots in time.
+        """
+        for request in self._queues[name]:
+            waiting = sum(other.given is not None for other in self._queues[request.job.budget])
+            if not request.hands_over or request.given is not None or waiting < self.limits.slots:
+                self._queues[name].remove(request)
+                return request
+        return None
 
     def _decode(self, name: str) -> bool:
         lane, rows = self._lanes[name], self._rows[name]
         if not lane.active:
             return False
-        gained = lane.piece(self._weights[name], self.limits.piece)
-        for request, new in zip(rows, gained, strict=True):
+        gained, unsure = lane.piece(self._weights[name], self.limits.piece)
+        for request, new, waits in zip(rows, gained, unsure, strict=True):
             if request is not None and request.prefill is None:
                 request.gained.extend(new)
-                self._look(request)
+                self._look(request, waits)
         return True
 
-    def _look(self, request: Request) -> None:
-        """What a request's tokens have come to."""
+    def _look(self, request: Request, waits: bool) -> None:
+        """What a request's tokens have come to; `waits`: its size is unsure of the next one."""
         job, tokenizer = request.job, self.sizes.tokenizer
         if not request.thinking:
             done = complete(request.gained, tokenizer, job.stop, job.max_tokens)
@@ -251,15 +291,27 @@ class Engine:
             if done.finish:
                 self._end(request, done.finish)
             return
-        thoughts = thoughts_of(request.gained, tokenizer, job.control)
-        if not thoughts.closed:
+        row = [*request.held, *request.gained]
+        thoughts = thoughts_of(row[len(job.tokens) :], tokenizer, job.control)
+        if thoughts.closed:
+            shown = shown_thoughts(thoughts.tokens, tokenizer, job.control.closing)
+        else:
             shown = settled(tokenizer.decode(thoughts.tokens), [job.control.closing])
-            self._tell(request, Progress(shown, '', thoughts.drawn))
-            return
-        self._tell(request, Progress(shown_thoughts(thoughts.tokens, tokenizer, job.control.closing), '', thoughts.drawn))
+        self._tell(request, Progress(shown, '', thoughts.drawn))
+        if thoughts.closed or waits:
+            self._switch(request, row, thoughts)
+
+    def _switch(self, request: Request, row: list[int], thoughts: Thoughts) -> None:
+        """Sends a request from its slot, whose row holds these tokens, to the answering size: to answer, or to think on."""
+        job, held = request.job, [*request.job.tokens, *thoughts.tokens]
+        if request.hands_over:
+            count, giver, taker = kept_of(row, held), self._weights[request.lane], self._weights[job.budget]
+            cache = self._lanes[request.lane].take(giver, request.slot, held[:count])
+            places = self._lanes[job.budget].places
+            request.given = Given(hand_over(cache, giver.arch, taker, places, job.control.fill), count)
         self._leave(request)
-        request.lane, request.held = job.budget, [*job.tokens, *thoughts.tokens]
-        request.thinking, request.thoughts, request.gained = False, thoughts, []
+        request.lane, request.held, request.gained = job.budget, held, []
+        request.thinking, request.thoughts = not thoughts.closed, thoughts
         self._queues[job.budget].appendleft(request)
 
     def _tell(self, request: Request, progress: Progress) -> None:

@@ -25,7 +25,7 @@ class StreamOptions(BaseModel):
 
 
 class Common(BaseModel):
-    """Fields of both kinds of request. `think`, `answer`, `thinking_tokens` and the delimiters are ours."""
+    """Fields of both kinds of request. `think`, `answer` and how thinking is limited and handed on are ours."""
 
     model_config = ConfigDict(extra='forbid')
     model: str
@@ -51,6 +51,9 @@ class Common(BaseModel):
     thinking_tokens: int = Field(256, ge=1)
     opening: str = '<think>'
     closing: str = Field('</think>', min_length=1)
+    switch: Literal['recompute', 'hand-over'] = 'recompute'
+    fill: Literal['zero', 'mean'] = 'zero'
+    entropy: float | None = Field(None, ge=0, allow_inf_nan=False)
 
     @field_validator('stop')
     @classmethod
@@ -74,7 +77,8 @@ class Common(BaseModel):
         """How thinking is limited; None when nobody thinks."""
         if self.think is None:
             return None
-        return Control(self.thinking_tokens, max_tokens, self.opening, self.closing)
+        own = (self.opening, self.closing, self.switch, self.fill, self.entropy)
+        return Control(self.thinking_tokens, max_tokens, *own)
 
 
 class CompletionRequest(Common):

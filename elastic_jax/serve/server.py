@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import uvicorn
 
 from elastic_jax.checkpoint.manifest import Budget
 from elastic_jax.data.chat import load_template
+from elastic_jax.infer.budget_control import Control
 from elastic_jax.infer.sizes import Sizes
 from elastic_jax.serve.app import Service, make_app
 from elastic_jax.serve.engine import Engine, Job, Limits
@@ -36,6 +38,10 @@ def warm(engine: Engine) -> None:
         for length in (250, 60, 10):
             length = min(length, engine.limits.context - 1)
             engine.submit(Job((0,) * length, name, 1), lambda progress: None)
+    room = min(10, engine.limits.context - 4)
+    for think, answer in itertools.permutations(engine.sizes.archs, 2) if room > 0 else ():
+        control = Control(1, 1, closing=' ', switch='hand-over')
+        engine.submit(Job((0,) * room, answer, 1, think=think, control=control), lambda progress: None)
     while engine.step():
         pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files
 from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 
@@ -48,7 +50,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         if check_workdir(workdir, config):
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / 'config.json').write_text(json.dumps(_plain(config), indent=1))
-        keep_tokenizer(workdir, config.data.tokenizer)
+        keep_tokenizer(workdir, config.data.tokenizer, config.parent.checkpoint)
     except OSError as error:
         raise UserError(f'{workdir} cannot be written ({error.strerror or error}); take a --workdir that can be') from error
 
@@ -65,10 +67,16 @@ def check_shared(workdir: epath.Path, config: ConfigDict) -> None:
         time.sleep(1)
 
 
-def keep_tokenizer(workdir: epath.Path, folder: str) -> None:
-    """Copies a Hugging Face tokenizer beside the checkpoints, which can then be moved without it; 'bytes' has no files."""
+def keep_tokenizer(workdir: epath.Path, folder: str, parent: str = '') -> None:
+    """Copies a Hugging Face tokenizer beside the checkpoints, which can then be moved without it.
+
+    'bytes' has no files; then those go along that the parent's checkpoint carries.
+    """
     if folder == 'bytes':
-        return
+        carried = tokenizer_files(parent, read_manifest(parent)) if parent else None
+        if carried is None:
+            return
+        folder = os.fspath(carried)
     (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
     for path in epath.Path(folder).iterdir():
         if path.name in TOKENIZER_FILES and not (workdir / 'tokenizer' / path.name).exists():

@@ -14,7 +14,8 @@ EXAMPLE = """elastic serve --checkpoint runs/quickstart --port 8000
     -d '{"model": "full", "think": "small", "thinking_tokens": 64, "prompt": "2+3=", "max_tokens": 16}'
 
 GET /v1/models lists the budgets. POST /v1/completions and /v1/chat/completions take, beside OpenAI's fields: think (the budget
-that thinks first), answer (the one that answers; default: model), thinking_tokens, opening, closing, top_k, repetition_penalty.
+that thinks first), answer (the one that answers; default: model), thinking_tokens, opening, closing, switch (recompute or
+hand-over), fill and entropy, as elastic generate has them; top_k, repetition_penalty.
 Chats are rendered by the tokenizer's template, those of byte models as ChatML. GET /health tells what is running."""
 
 

@@ -67,7 +67,7 @@ def export(arch: Arch, folder: Path) -> dict[str, Any]:
     for group, name, _ in leaves(table):
         if 'norm' in name:
             params[group][name] = np.ones_like(params[group][name])
-    export_folder(folder, arch, lambda group, name: params[group][name], dtype='float32', eos_token_id=0)
+    export_folder(folder, arch, lambda group, name, index: params[group][name][index], dtype='float32', eos_token_id=0)
     return params
 
 

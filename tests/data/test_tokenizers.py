@@ -1,5 +1,7 @@
 """Tokenizers round-trip text and account for its bytes."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,17 @@ def test_a_hugging_face_tokenizer_round_trips_and_its_tokens_bytes_add_up(bpe_fo
     assert tokenizer.byte_lengths()[tokenizer.eos_id] == 0 and tokenizer.vocab_size == len(tokenizer.byte_lengths())
     assert load_tokenizer(tokenizer.spec).eos_id == tokenizer.eos_id
     assert ids.dtype == np.int32
+
+
+def test_all_tokens_that_a_model_names_as_ends_end_what_it_writes(tmp_path):
+    folder = write_tokenizer(tmp_path, ('<end>', '<turn>', '<tool>'))
+    assert load_tokenizer(str(folder)).stop_ids == (0,)
+    for named, expected in ((1, (0, 1)), ([2, 0], (0, 2)), (None, (0,))):
+        (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': named}))
+        tokenizer = load_tokenizer(str(folder))
+        assert tokenizer.stop_ids == expected and tokenizer.eos_id == 0
+    assert load_tokenizer(str(folder), also_stop=[2, 0]).stop_ids == (0, 2)
+    assert ByteTokenizer().stop_ids == (ByteTokenizer.eos_id,)
 
 
 def test_what_is_no_tokenizer_is_said(tmp_path, bpe_folder):

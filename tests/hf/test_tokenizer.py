@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from etils import epath
 
 from elastic_jax.api import open_checkpoint
 from elastic_jax.config_file import load_config
@@ -18,6 +20,7 @@ from elastic_jax.data.pipeline import make_iterator
 from elastic_jax.errors import UserError
 from elastic_jax.hf.importing import import_checkpoint
 from elastic_jax.train.setup import make_plan
+from elastic_jax.train.workdir import keep_tokenizer
 from tests.data.bpe import write_tokenizer
 from tests.hf.oracle import CASES, LLAMA, load_model, make_model
 
@@ -33,6 +36,7 @@ def imported(tmp_path_factory) -> Path:
         patch.setitem(CASES, 'parent', ('llama', LLAMA | {'vocab_size': 400, 'eos_token_id': 0}))
         make_model('parent', root / 'parent')
     write_tokenizer(root / 'parent')
+    (root / 'parent' / 'generation_config.json').write_text(json.dumps({'eos_token_id': [0, 7], 'temperature': 0.6}))
     import_checkpoint(root / 'parent', root / 'imported')
     shutil.copy(root / 'parent' / 'tokenizer.json', root / 'reference.json')
     (root / 'texts').mkdir()
@@ -72,6 +76,32 @@ def test_bytes_are_refused_for_a_parent_that_has_one(imported):
     config = load_config(f'{EXPERIMENT}:{imported},small=0.7,smoke', ['--config.data.tokenizer=bytes'])
     with pytest.raises(UserError, match=f'set config.data.tokenizer={imported / "tokenizer"}'):
         make_plan(config)
+
+
+def test_tokens_that_end_the_parents_answers_end_those_of_its_slices_and_are_written_back(imported, tmp_path):
+    checkpoint = open_checkpoint(imported)
+    assert checkpoint.tokenizer.stop_ids == (0, 7)
+    sliced = open_checkpoint(checkpoint.slice(None, tmp_path / 'sliced', widths={'mlp': 32}))
+    assert sliced.tokenizer.stop_ids == (0, 7)
+    generation = json.loads((Path(sliced.export('full', tmp_path / 'out')) / 'generation_config.json').read_text())
+    assert generation == {'eos_token_id': [0, 7], 'temperature': 0.6}
+
+
+def test_files_of_a_tokenizer_that_is_not_read_here_go_along_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, 'parent', ('llama', LLAMA | {'eos_token_id': [3, 5]}))
+    make_model('parent', tmp_path / 'parent')
+    kept = {'tokenizer.model': b'\x0a\x00', 'tokenizer_config.json': b'{"eos_token": "</s>"}', 'merges.txt': b'a b'}
+    for name, content in kept.items():
+        (tmp_path / 'parent' / name).write_bytes(content)
+    (tmp_path / 'parent' / 'generation_config.json').unlink()
+    import_checkpoint(tmp_path / 'parent', tmp_path / 'imported')
+    checkpoint = open_checkpoint(tmp_path / 'imported')
+    assert checkpoint.tokenizer.spec == {'kind': 'bytes'}
+    out = open_checkpoint(checkpoint.slice('full', tmp_path / 'sliced')).export('full', tmp_path / 'out')
+    keep_tokenizer(epath.Path(tmp_path / 'run'), 'bytes', str(tmp_path / 'imported'))
+    for folder in (Path(out), tmp_path / 'run' / 'tokenizer'):
+        assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert json.loads((Path(out) / 'generation_config.json').read_text())['eos_token_id'] == [3, 5]
 
 
 @pytest.mark.slow

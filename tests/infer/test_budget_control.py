@@ -10,7 +10,7 @@ from elastic_jax.infer.budget_control import Control, agreement, think_then_answ
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.text import Completion
-from tests.infer.tiny import HYBRID, LETTERS, budgets_of, full_logits, random_weights
+from tests.infer.tiny import HYBRID, LETTERS, budgets_of, ending_at, full_logits, random_weights
 
 BUDGETS = budgets_of(HYBRID)
 SIZES = {name: random_weights(HYBRID, BUDGETS[name]) for name in ('small', 'full')}
@@ -57,6 +57,14 @@ def test_a_batch_thinks_as_each_alone():
     for row, prompt in enumerate(PROMPTS):
         (alone,), _ = think('small', 'full', control('hand-over'), [prompt], seeds=(row + 1,))
         assert together[row] == alone
+
+
+def test_any_of_several_tokens_ends_thoughts_and_answers():
+    (free,), _ = think('small', 'full', control(), ['abcde'], seeds=(2,))
+    two = ending_at(23, *LETTERS.encode(free.thinking[6]).tolist())
+    (ended,), _ = think_then_answer(SIZES['small'], SIZES['full'], two, ['abcde'], control(), WARM, seeds=[2])
+    assert ended.thinking == free.thinking.partition(free.thinking[6])[0]
+    assert not set(ended.answer.tokens) & set(two.stop_ids)
 
 
 def test_both_switches_draw_alike_where_the_sizes_are_one():

@@ -10,9 +10,20 @@ from elastic_jax.infer import decoding
 from elastic_jax.infer.decoding import Decoding, chunk_sizes, requests_of
 from elastic_jax.infer.generate import generate, stream
 from elastic_jax.infer.sampling import Sampling
-from tests.infer.tiny import FAMILIES, HYBRID, LETTERS, budgets_of, full_logits, greedy_by_full_passes, random_weights
+from elastic_jax.infer.speculative import generate_speculative
+from tests.infer.tiny import (
+    FAMILIES,
+    HYBRID,
+    LETTERS,
+    budgets_of,
+    ending_at,
+    full_logits,
+    greedy_by_full_passes,
+    random_weights,
+)
 
 WARM = Sampling(temperature=1.0)
+PENALTY = Sampling(repetition_penalty=1.5)
 WEIGHTS = random_weights(HYBRID)
 
 
@@ -103,6 +114,19 @@ def test_the_end_of_text_ends_a_row_and_is_not_shown():
     ended = [completion for completion in found if completion.finish == 'stop']
     assert ended and all(LETTERS.eos_id not in completion.tokens for completion in found)
     assert all(len(completion.text) == len(completion.tokens) for completion in found)
+
+
+def test_any_of_several_tokens_ends_a_row():
+    prompts, seeds, three = ['abc', 'klm', 'v', 'xyw'], [3, 4, 5, 6], ending_at(23, 4, 9)
+    endless = generate(WEIGHTS, ending_at(), prompts, 40, WARM, seeds=seeds)
+    assert [len(row.tokens) for row in endless] == [40] * 4
+    ends = [next(n for n, token in enumerate(row.tokens) if token in three.stop_ids) for row in endless]
+    assert len({row.tokens[end] for row, end in zip(endless, ends, strict=True)}) > 1
+    found = generate(WEIGHTS, three, prompts, 40, WARM, seeds=seeds)
+    assert [done.tokens for done in found] == [row.tokens[:end] for row, end in zip(endless, ends, strict=True)]
+    assert {done.finish for done in found} == {'stop'}
+    drafted, _ = generate_speculative(WEIGHTS, WEIGHTS, three, prompts, max_tokens=40, sampling=PENALTY)
+    assert drafted == generate(WEIGHTS, three, prompts, 40, PENALTY)
 
 
 def test_other_requests_compile_nothing_new():

@@ -51,7 +51,7 @@ def test_a_size_that_drafts_for_itself_is_always_kept(drafts):
 class Five:
     """A tokenizer of five letters without an end of text."""
 
-    vocab_size, eos_id, spec = 5, 5, {'kind': 'letters'}
+    vocab_size, eos_id, stop_ids, spec = 5, 5, (5,), {'kind': 'letters'}
 
     encode = LETTERS.encode
     decode = LETTERS.decode

@@ -55,7 +55,7 @@ def random_weights(arch, child=None, seed=0):
 class Letters:
     """A tokenizer of 23 letters; token 23 ends the text."""
 
-    vocab_size, eos_id, spec = 24, 23, {'kind': 'letters'}
+    vocab_size, eos_id, stop_ids, spec = 24, 23, (23,), {'kind': 'letters'}
 
     def encode(self, text):
         return np.asarray([ord(letter) - ord('a') for letter in text], np.int32)
@@ -65,6 +65,13 @@ class Letters:
 
 
 LETTERS = Letters()
+
+
+def ending_at(*stop_ids):
+    """The letters, with these tokens as ends of what is generated."""
+    tokenizer = Letters()
+    tokenizer.stop_ids = stop_ids
+    return tokenizer
 
 
 def full_logits(weights, tokens):

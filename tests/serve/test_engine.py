@@ -1,5 +1,7 @@
 """Continuous batching against each request alone: joining, leaving, thinking, queues, deadlines, and what is compiled."""
 
+import dataclasses
+
 import pytest
 
 from elastic_jax.errors import UserError
@@ -70,9 +72,11 @@ def test_a_stop_string_ends_a_text_and_frees_its_slot():
     assert told.last.text == whole.text[: whole.text.index(whole.text[5:8])] and told.last.finish == 'stop'
 
 
+@pytest.mark.parametrize('entropy', [None, 3.16, 0.0])
+@pytest.mark.parametrize('switch', ['recompute', 'hand-over'])
 @pytest.mark.parametrize('pair', [('small', 'full'), ('full', 'small'), ('full', 'full')])
-def test_thinking_and_answering_are_those_of_budget_control(pair):
-    control = Control(9, 12, 'uv', 'wq')
+def test_thinking_and_answering_are_those_of_budget_control(pair, switch, entropy):
+    control = Control(9, 12, 'uv', 'wq', switch, 'mean', entropy)
     engine, found = Engine(SIZES, LIMITS), [Told() for _ in PROMPTS[:4]]
     for turn, told in enumerate(found):
         request = job(PROMPTS[turn] + 'uv', pair[1], 12, sampling=Sampling(1.0), seed=turn, think=pair[0], control=control)
@@ -82,7 +86,24 @@ def test_thinking_and_answering_are_those_of_budget_control(pair):
     thoughts, _ = think_then_answer(one, other, LETTERS, PROMPTS[:4], control, Sampling(1.0), seeds=[0, 1, 2, 3])
     for told, thought in zip(found, thoughts, strict=True):
         assert (told.last.thinking, told.last.text) == (thought.thinking, thought.answer.text)
-        assert (told.last.thinking_tokens, told.last.finish) == (thought.thinking_tokens, thought.answer.finish)
+        drawn = thought.thinking_tokens + thought.continued_tokens
+        assert (told.last.thinking_tokens, told.last.finish) == (drawn, thought.answer.finish)
+
+
+def test_caches_that_wait_for_a_slot_are_no_more_than_slots():
+    """The answering size is busy when all have thought."""
+    engine, busy, found = Engine(SIZES, dataclasses.replace(LIMITS, slots=1, queue=8)), Told(), [Told() for _ in range(5)]
+    engine.submit(job('abc', max_tokens=60, sampling=Sampling(1.0), seed=11), busy)
+    control, waited = Control(4, 6, 'uv', 'wq', 'hand-over'), 0
+    for seed, told in enumerate(found):
+        engine.submit(job('klmuv', max_tokens=6, sampling=Sampling(1.0), seed=seed, think='small', control=control), told)
+    while engine.step():
+        waiting = sum(request.given is not None for request in engine._queues['full'])
+        waited = max(waited, waiting)
+    assert waited == 1 and all(told.last.finish for told in (busy, *found))
+    pair = SIZES.weights('small'), SIZES.weights('full')
+    thoughts, _ = think_then_answer(*pair, LETTERS, ['klm'] * 5, control, Sampling(1.0), seeds=range(5))
+    assert [told.last.text for told in found] == [thought.answer.text for thought in thoughts]
 
 
 def test_a_full_queue_turns_away_and_takes_on_again_when_there_is_room():

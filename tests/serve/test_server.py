@@ -152,6 +152,24 @@ def test_a_chat_is_rendered_as_chatml_and_thought_about_by_another_size(client):
     assert ''.join(delta.content or '' for delta in deltas) == expected.answer.text and deltas[0].role == 'assistant'
 
 
+@pytest.mark.parametrize(
+    'own',
+    [
+        {'switch': 'hand-over', 'opening': '{', 'closing': '}'},
+        {'switch': 'hand-over', 'fill': 'mean', 'entropy': 5.0},
+        {'entropy': 4.5, 'closing': 'ab'},
+    ],
+)
+def test_a_request_says_how_thinking_is_limited_and_handed_on(client, own):
+    body = {'think': 'small', 'answer': 'full', 'thinking_tokens': 14, **own}
+    done = client.completions.create(model='small', prompt='abc', max_tokens=12, extra_body=body, **WARM)
+    pair = SIZES.weights('small'), SIZES.weights('full')
+    (expected,), _ = think_then_answer(*pair, BYTES, ['abc'], Control(14, 12, **own), HOT, seeds=[5])
+    assert (done.choices[0].thinking, done.choices[0].text) == (expected.thinking, expected.answer.text)
+    drawn = done.usage.completion_tokens_details.reasoning_tokens
+    assert drawn == expected.thinking_tokens + expected.continued_tokens and done.model == 'full'
+
+
 def test_concurrent_streams_each_get_their_own_text(served):
     async def one(client, index):
         parts = []
@@ -225,6 +243,9 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
     [
         ('completions', GOOD | {'model': 'ful'}, 404, "unknown model 'ful'; did you mean 'full'"),
         ('completions', GOOD | {'think': 'smal'}, 404, "unknown model 'smal'"),
+        ('completions', GOOD | {'think': 'small', 'switch': 'never'}, 400, "switch: Input should be 'recompute' or 'hand-over'"),
+        ('completions', GOOD | {'think': 'small', 'entropy': -1}, 400, 'entropy: '),
+        ('completions', GOOD | {'think': 'small', 'closing': ''}, 400, 'closing: '),
         ('completions', GOOD | {'max_tokens': 0}, 400, 'max_tokens: '),
         ('completions', GOOD | {'max_tokens': 4000}, 400, 'a request may have 400'),
         ('completions', GOOD | {'prompt': ''}, 400, 'the prompt is empty'),
