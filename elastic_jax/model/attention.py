@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from elastic_jax.arch import Attention, Rope
 from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.flash import fits_flash, flash_attention
+from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
 
@@ -53,7 +55,9 @@ def attention(
         q_BxTxKxQxH = rotate(q_BxTxKxQxH, cos_BxTxH[:, :, None, None], sin_BxTxH[:, :, None, None])
         k_BxTxKxH = rotate(k_BxTxKxH, cos_BxTxH[:, :, None], sin_BxTxH[:, :, None])
     if cache is None:
-        heads_BxTxKxQxH = attend_causally(q_BxTxKxQxH, k_BxTxKxH, v_BxTxKxH, context.segment_ids_BxT)
+        inputs = q_BxTxKxQxH, k_BxTxKxH, v_BxTxKxH, context.segment_ids_BxT
+        kernels = context.kernels if fits_flash(x_BxTxD.shape[1]) else 'xla'
+        heads_BxTxKxQxH = by_platform(kernels, flash_attention, attend_causally, *inputs)
     else:
         cache = KVCache(
             _write(cache.k_BxSxKxH, k_BxTxKxH, context.length_B), _write(cache.v_BxSxKxH, v_BxTxKxH, context.length_B)

@@ -26,6 +26,7 @@ class Context:
       norm_eps: epsilon of every norm.
       dtype: the dtype of the matmuls.
       shards: which part of the model and of the batch this device has.
+      kernels: which of `kernels.KERNELS`; others than 'xla' are for programs of one device's own part.
     """
 
     positions_BxT: jax.Array
@@ -37,6 +38,7 @@ class Context:
     taps: bool = False
     dtype: Any = jnp.float32
     shards: Shards = WHOLE
+    kernels: str = 'xla'
 
 
 class Soft(NamedTuple):

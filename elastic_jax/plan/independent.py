@@ -8,7 +8,6 @@ import jax
 
 from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
-from elastic_jax.model.context import context_for
 from elastic_jax.model.losses import cross_entropy_losses
 from elastic_jax.model.params import init_params
 from elastic_jax.parallel.placement import Placement
@@ -19,7 +18,7 @@ from elastic_jax.train.lockstep import lockstep
 from elastic_jax.train.programs import Program, abstract_batch, abstract_teacher, needs_parent
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState, guarded_update, new_state
-from elastic_jax.train.step import distillation
+from elastic_jax.train.step import distillation, step_context
 
 
 def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) -> Program:
@@ -34,14 +33,7 @@ def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) 
     optimizer, parent = plan.optimizer(stage), plan.parent
 
     def loss_fn(params: Any, teacher: Any, batch: Any, count: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        context = context_for(
-            batch['tokens'],
-            batch['segment_ids'],
-            batch['positions'],
-            norm_eps=arch.norm_eps,
-            dtype=config.dtype,
-            shards=config.shards(arch),
-        )
+        context = step_context(batch, arch, config)
         heads, _ = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
         if plan.config.teacher in ('frozen', 'cached'):
             losses = distillation(heads, teacher, batch, count, parent, context, config)

@@ -17,6 +17,7 @@ from elastic_jax.data.config import sources_of, stage_data
 from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
+from elastic_jax.model.kernels import KERNELS
 from elastic_jax.nest.budgets import Grid, Metric, make_grid, metric, resolve_targets
 from elastic_jax.nest.router import Anneal
 from elastic_jax.parallel.mesh import make_mesh
@@ -62,6 +63,7 @@ class Plan:
             chunk=config.loss_chunk,
             accumulate=stage.config.accumulate,
             scan=config.scan_layers,
+            kernels=config.kernels,
             mesh=mesh,
         )
 
@@ -120,6 +122,8 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     tokenizer = None if elsewhere else attempt(_tokenizer, config)
     if config.teacher not in TEACHERS:
         problems.append(unknown_name('teacher', config.teacher, list(TEACHERS)))
+    if config.kernels not in KERNELS:
+        problems.append(unknown_name('kernels', config.kernels, list(KERNELS)))
     if config.teacher == 'cached':
         problems += _cache_problems(config, parent)
     if config.calibrate.order not in ('importance', 'random'):

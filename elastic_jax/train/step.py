@@ -31,7 +31,7 @@ Batch = dict[str, jax.Array]
 class StepConfig:
     """What all steps share. `accumulate` splits a batch into that many micro-batches, summed before the update.
 
-    `remat` and `scan` are those of a Stack; without a mesh everything is on one device.
+    `remat` and `scan` are those of a Stack, `kernels` is a Context's; without a mesh everything is on one device.
     """
 
     layout: Layout = FLAT
@@ -40,6 +40,7 @@ class StepConfig:
     chunk: int = 512
     accumulate: int = 1
     scan: bool = False
+    kernels: str = 'auto'
     mesh: Mesh | None = None
 
     def shards(self, parent: Arch) -> Shards:
@@ -71,6 +72,7 @@ def step_context(batch: Batch, arch: Arch, config: StepConfig) -> Context:
         norm_eps=arch.norm_eps,
         dtype=config.dtype,
         shards=config.shards(arch),
+        kernels=config.kernels,
     )
 
 

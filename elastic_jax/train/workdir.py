@@ -15,8 +15,8 @@ from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files
 from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
 
-# Keys that may change between runs of one experiment, since no number of the result depends on them.
-FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'wandb', 'profile')
+# Keys that may change between runs of one experiment, since no number of the result depends on them (but for rounding).
+FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'kernels', 'wandb', 'profile')
 # Seconds after which a file that one host has written is there for all: network file systems may take a minute.
 SEEN_WITHIN = 90
 

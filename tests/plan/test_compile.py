@@ -10,6 +10,7 @@ import pytest
 from elastic_jax.cost import weight_bytes
 from elastic_jax.hlo_cost import KINDS
 from elastic_jax.plan.chips import GIB, topology_devices
+from elastic_jax.train.programs import stage_program
 from elastic_jax.train.setup import make_plan
 from experiments.star_elastic_nano_v3 import get_config
 
@@ -86,3 +87,22 @@ def test_one_period_of_the_published_setting_compiles():
     assert set(found['collectives']['short']) == set(KINDS)
     assert found['collectives']['short']['all-to-all']['count'] == 0
     assert found['cycles']['short'] > found['cycles']['decode/small'] > 0
+
+
+@pytest.mark.slow
+def test_the_step_for_a_tpu_has_the_kernels_that_the_config_asks_for():
+    """Traced and lowered alone; that the compiler takes them is in the test above, whose sequences are as long."""
+    assert 'splash_mqa_fwd' in lowered_step('auto')
+    assert 'tpu_custom_call' not in lowered_step('xla')
+
+
+def lowered_step(kernels):
+    config = get_config('one_period')
+    config.arch.pattern, config.kernels = '*', kernels
+    config.mesh.fsdp = config.stages.short.batch_size = 4
+    config.stages.short.context = 1024
+    config.budgets = {'full': 1.0}
+    plan = make_plan(config, elsewhere=True)
+    stage = next(stage for stage in plan.stages if stage.name == 'short')
+    program = stage_program(plan, stage, {'full': plan.parent}, plan.place(topology_devices('v5p:2x2x1').devices))
+    return program.fn.lower(*program.abstract_args).as_text()

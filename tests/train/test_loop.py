@@ -136,6 +136,7 @@ def test_non_finite_losses_stop_the_run_with_the_last_checkpoint_intact(tmp_path
         ({'metric': 'params'}, "unknown budget metric 'params'; did you mean 'parameters'"),
         ({'data': {'path': '/no/such/file.txt'}}, r'/no/such/file\.txt cannot be read'),
         ({'arch': {'pattern': 'M?'}}, "pattern 'M\\?' has '\\?'"),
+        ({'kernels': 'palas'}, "unknown kernels 'palas'; did you mean 'pallas'"),
         ({'curriculum': ('pretrian',)}, "unknown stage in config.curriculum 'pretrian'; did you mean 'pretrain'"),
     ],
     ids=str,
