@@ -12,6 +12,7 @@ import numpy as np
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.infer.decoding import bucket
+from elastic_jax.infer.placed import everywhere
 from elastic_jax.infer.resident import Weights
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
@@ -76,4 +77,4 @@ def _token_log_probs(weights: Weights, tokens_BxT1: jax.Array) -> tuple[jax.Arra
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_TxV), target_T[:, None], axis=-1)[:, 0]
         return log_p, jnp.argmax(logits_TxV, axis=-1) == target_T
 
-    return jax.lax.map(one, (hidden_BxTxD, targets_BxT))
+    return everywhere(jax.lax.map(one, (hidden_BxTxD, targets_BxT)), weights)

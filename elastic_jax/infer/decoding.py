@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_jax.infer.placed import place_rows
+from elastic_jax.infer.placed import everywhere, place_rows
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, entropy, knobs_of
 from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache, recurrent_blocks, rewind
@@ -30,12 +30,12 @@ class Requests(NamedTuple):
     """What each row asked for.
 
     Attributes:
-      stops_BxN: the tokens at which a row ends. entropy_B: in nats; a row waits before a token that is less certain (infinite:
-        never).
+      seed_B: of what each row draws. stops_BxN: the tokens at which a row ends.
+      entropy_B: in nats; a row waits before a token that is less certain (infinite: never).
     """
 
     knobs: Knobs
-    keys_B: jax.Array
+    seed_B: jax.Array
     stops_BxN: jax.Array
     entropy_B: jax.Array
 
@@ -65,23 +65,29 @@ def requests_of(
     rows = len(samplings)
     return Requests(
         knobs_of(samplings),
-        jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32)),
+        np.asarray([seed % 2**32 for seed in seeds], np.uint32),
         np.tile(np.asarray(stop_ids, np.int32), (rows, 1)),
         np.full(rows, entropy_limit, np.float32),
     )
 
 
 def empty_state(weights: Weights, requests: Requests, slots: int, max_tokens: Sequence[int]) -> State:
-    """Rows that hold nothing yet, each of which may gain `max_tokens`."""
-    rows, vocab = len(max_tokens), weights.arch.vocab
-    return State(
+    """Rows that hold nothing yet, each of which may gain `max_tokens`; made where the weights are."""
+    return _empty_state(weights, requests, np.asarray(max_tokens, np.int32), slots)
+
+
+@partial(jax.jit, static_argnames='slots')
+def _empty_state(weights: Weights, requests: Requests, left_B: jax.Array, slots: int) -> State:
+    rows, vocab = left_B.shape[0], weights.arch.vocab
+    state = State(
         init_cache(weights.arch, rows, slots, weights.dtype),
         jnp.zeros((rows, vocab), jnp.float32),
         jnp.zeros((rows, vocab), bool),
         jnp.zeros(rows, jnp.int32),
-        jnp.asarray(max_tokens, jnp.int32),
-        jax.tree.map(jnp.asarray, requests),
+        left_B,
+        requests,
     )
+    return place_rows(state, weights)
 
 
 def mark_seen(seen_BxV: jax.Array, tokens_BxT: jax.Array, valid_B: jax.Array) -> jax.Array:
@@ -99,7 +105,7 @@ def ends(requests: Requests, tokens: jax.Array) -> jax.Array:
 
 def token_keys(requests: Requests, drawn_B: jax.Array) -> jax.Array:
     """The key of each row's next token."""
-    return jax.vmap(jax.random.fold_in)(requests.keys_B, drawn_B)
+    return jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(requests.seed_B, drawn_B)
 
 
 def going(state: State) -> jax.Array:
@@ -152,7 +158,7 @@ def advance(weights: Weights, state: State, steps: jax.Array) -> tuple[State, ja
 
     tokens_BxN = jnp.full((state.left_B.shape[0], PIECE), NO_TOKEN, jnp.int32)
     _, state, active_B, tokens_BxN = jax.lax.while_loop(more, body, (jnp.int32(0), state, going(state), tokens_BxN))
-    return state, tokens_BxN, active_B
+    return place_rows(state, weights), *everywhere((tokens_BxN, active_B), weights)
 
 
 def chunk_sizes(length: int) -> list[int]:
@@ -207,7 +213,7 @@ class Decoding:
         self.slots = bucket(capacity + CHUNKS[1], 64)
         self.tokens: list[list[int]] = [[] for _ in range(self.rows)]
         padding = _power_of_two(self.rows) - self.rows
-        wide = jax.tree.map(lambda leaf: jnp.concatenate([jnp.asarray(leaf), jnp.repeat(leaf[:1], padding, axis=0)]), requests)
+        wide = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[:1], padding, axis=0)]), requests)
         self.state = empty_state(weights, wide, self.slots, [*max_tokens, *[0] * padding])
         self.going, self.marked = [True] * self.rows, [0] * self.rows
         self._mark = jax.tree.map(jnp.copy, mark_of(self.state.cache))
@@ -250,7 +256,7 @@ class Decoding:
         again = [tokens[mark:] for tokens, mark in zip(kept, self.marked, strict=True)]
         self.tokens = [tokens[:mark] for tokens, mark in zip(kept, self.marked, strict=True)]
         cache = rewind(self.state.cache, self._mark.length_B, jax.tree.map(jnp.copy, self._mark.recurrent))
-        self.state = self.state._replace(cache=cache, seen_BxV=jnp.asarray(self._seen(kept)))
+        self.state = self.state._replace(cache=cache, seen_BxV=self._seen(kept))
         self.feed(again)
 
     def _seen(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
@@ -266,7 +272,7 @@ class Decoding:
 
     def allow(self, max_tokens: Sequence[int], drawn: Sequence[int] | None = None) -> None:
         """Sets how many tokens each row may still gain, and how many it counts as drawn."""
-        pad = lambda values: jnp.asarray([*values, *[0] * (self.state.left_B.shape[0] - self.rows)], jnp.int32)
+        pad = lambda values: np.asarray([*values, *[0] * (self.state.left_B.shape[0] - self.rows)], np.int32)
         self.state = self.state._replace(left_B=pad(max_tokens), drawn_B=self.state.drawn_B if drawn is None else pad(drawn))
 
 

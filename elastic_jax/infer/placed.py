@@ -1,7 +1,7 @@
 """Where the rows of a batch live when the parameters are split over a mesh: by the rules that place parameters and batches.
 
 Rows are split over the axes that split data, where they divide; keys, values and Mamba heads over the axes that split the blocks
-that made them.
+that made them. One number for each row is whole everywhere, so that every process can read it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from elastic_jax.model.attention import KVCache
 from elastic_jax.model.collectives import Axes
 from elastic_jax.model.mamba import MambaCache
 from elastic_jax.parallel.sharding import shards
+
+
+def everywhere(tree: Any, weights: Weights) -> Any:
+    """The arrays, whole on every device: what the host reads. For use inside a jitted program."""
+    return tree if weights.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(weights.mesh, PartitionSpec()))
 
 
 def place_rows(tree: Any, weights: Weights) -> Any:
@@ -40,6 +45,6 @@ def place_rows(tree: Any, weights: Weights) -> Any:
             groups = split.of('mamba_groups')
             windows = [put(window, groups, 2) for window in node[:-1]]
             return MambaCache(*windows, put(node.state_BxGxMxPxN, groups, 1))
-        return put(node, (), 0)
+        return put(node, (), 0) if node.ndim > 1 else everywhere(node, weights)
 
     return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, KVCache | MambaCache))

@@ -38,21 +38,13 @@ from elastic_jax.train.step import elastic_loss
 class Evaluator:
     """Evaluates budgets on the same held-out batches throughout a run."""
 
-    def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter, say: Callable[[str], None]):
+    def __init__(self, plan: Plan, place: Placement, writer: MetricsWriter):
         self.plan, self.place, self.writer, self.batches = plan, place, writer, None
         self.programs: dict[Any, Callable[..., jax.Array]] = {}
         self.more = {
             name: dataclasses.replace(own, batch_size=self._rows(own.batch_size)) if isinstance(own, TextEvaluator) else own
             for name, own in make_evaluators(plan.config.evaluators, plan.config.data.tokenizer).items()
         }
-        if jax.process_count() > 1:
-            # Of several processes none has a whole slice to write with.
-            tasks = [name for name, own in self.more.items() if isinstance(own, TaskEvaluator)]
-            self.more = {name: own for name, own in self.more.items() if name not in tasks}
-            left_out = [f'evaluators.{name}' for name in tasks] + ['samples'] * bool(plan.config.samples.prompts)
-            if left_out:
-                names = ', '.join(left_out)
-                say(f'{names}: left out, as several processes train; a checkpoint has it by elastic eval and generate')
 
     def _rows(self, batch_size: int) -> int:
         """The next batch size that splits over the mesh."""
@@ -123,7 +115,7 @@ class Evaluator:
         for name, arch in at.archs.items():
             samples = self.plan.config.samples
             prompts, sampling = list(samples.prompts), Sampling(samples.temperature)
-            if prompts and jax.process_count() == 1:
+            if prompts:
                 sliced = slice_params(at.state.params, at.parent, arch, self.plan.layout)
                 weights = weights_of(sliced, arch, self.plan.layout)
                 completions = generate(weights, self.plan.tokenizer, prompts, samples.tokens, sampling)

@@ -94,7 +94,7 @@ def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
             with closing(MetricsWriter(workdir, latest, is_main(), sinks)) as writer, closing(profile):
                 if restored is None:
                     writer.write('stage', 0, stage=plan.stages[0].name, event='start')
-                evaluator = Evaluator(plan, place, writer, progress.say)
+                evaluator = Evaluator(plan, place, writer)
                 run = Run(plan, place, workdir, store, writer, progress, evaluator, clock, profile, at, latest)
                 if restored:
                     progress.say(f'resuming {workdir} at step {latest} of {plan.steps}')

@@ -1,5 +1,7 @@
 """The smallest run with a parent, an ordering and nested sizes, for tests that start it many times in real processes."""
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from elastic_jax.train.config import default_config, stage
@@ -9,7 +11,7 @@ LAST_STEP = PRETRAIN + ELASTIC
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """`arg`: the folder of its texts."""
+    """`arg`: the folder of its texts. Tasks are the JSONL files beside that folder."""
     config = default_config()
     config.name = 'small'
     config.arch.update({'pattern': '*-', 'vocab': 264, 'embed': 16})
@@ -23,6 +25,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.eval.update({'batches': 1, 'batch_size': 4, 'context': 32})
     if arg:
         config.evaluators.texts = {'data': arg, 'context': 32, 'batch_size': 4, 'batches': 2}
+        for path in Path(arg).parent.glob('*.jsonl'):
+            config.evaluators[path.stem] = {'task': str(path)}
     config.log_every = 1
     config.checkpoint.update({'every': 3, 'keep': 3})
     config.stages.pretrain = stage('pretrain', PRETRAIN, 32, 8)

@@ -1,5 +1,6 @@
 """A run may change its number of processes and its mesh: nothing is lost or repeated of the data, and the numbers stay."""
 
+import json
 import os
 import signal
 import zlib
@@ -79,14 +80,21 @@ def test_from_four_processes_to_two_on_another_mesh_to_one(place: Place):  # noq
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_evaluators_score_text_on_several_processes_and_say_what_is_left_out(place: Place):  # noqa: F811
-    scores = []
+def test_evaluators_and_samples_are_those_of_one_process(place: Place):  # noqa: F811
+    tasks = {'choose': [{'context': 'ab', 'choices': ['c', 'xyz'], 'answer': 0}], 'say': [{'prompt': 'ab', 'answer': 'c'}]}
+    for name, lines in tasks.items():
+        (place.root / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    scores, texts = [], []
     for processes in (1, 2):
         workdir = place.root / f'by{processes}'
-        short = ('--config.stages.pretrain.steps=2', '--config.stages.short.steps=2', "--config.samples.prompts=('a',)")
-        said = place.start(workdir, *short, processes=processes).end()
-        assert ('samples: left out, as several processes train' in said) == (processes == 2)
-        lines = [line for line in read_metrics(workdir) if line['kind'] == 'evaluator']
-        scores.append({line['budget']: line['scores']['bits_per_byte'] for line in lines})
-    assert scores[0].keys() == {'full', 'small'}
+        short = ('--config.stages.pretrain.steps=2', '--config.stages.short.steps=2', "--config.samples.prompts=('a', 'bcd')")
+        place.start(workdir, *short, processes=processes).end()
+        lines = [line for line in read_metrics(workdir) if line['kind'] in ('evaluator', 'samples')]
+        found = [line for line in lines if line['kind'] == 'evaluator']
+        scores.append(
+            {(line['budget'], line['evaluator'], key): value for line in found for key, value in line['scores'].items()}
+        )
+        texts.append({(line['budget'], line['prompt']): line['text'] for line in lines if line['kind'] == 'samples'})
+    assert {key[:2] for key in scores[0]} == {(size, name) for size in ('full', 'small') for name in ('texts', *tasks)}
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    assert len(texts[0]) == 4 and texts[1] == texts[0]
