@@ -11,8 +11,10 @@ from elastic_jax.arch import Mamba
 from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.conv import causal_conv
+from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
+from elastic_jax.model.ssd_kernel import fits_ssd_kernel, ssd_by_kernel
 
 
 class MambaCache(NamedTuple):
@@ -75,7 +77,9 @@ def mamba(
     dt_BxTxGxM = jnp.clip(dt_BxTxGxM, mixer.dt_min, mixer.dt_max)
     a_GxM = -jnp.exp(params['a_log'])
     if cache is None:
-        y_BxTxGxMxP, _ = ssd(x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT, mixer.chunk)
+        operands = x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT
+        kernels = context.kernels if fits_ssd_kernel(x_BxTxD.shape[1], mixer.head_dim, mixer.state) else 'xla'
+        y_BxTxGxMxP = by_platform(kernels, ssd_by_kernel, lambda *args: ssd(*args, mixer.chunk)[0], *operands)
     else:
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
