@@ -26,7 +26,8 @@ def draw(shape, length, seed=0):
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(2, 2, length, g, m, p)).astype(np.float32)
     b, c = rng.normal(size=(2, 2, length, g, n)).astype(np.float32) / np.float32(n**0.5)
-    dt = rng.uniform(0, 0.5, size=(2, length, g, m)).astype(np.float32)
+    # Small steps: a chunk leaves about a quarter of the state it began with.
+    dt = rng.uniform(0, 0.02, size=(2, length, g, m)).astype(np.float32)
     a = -rng.uniform(0.1, 2, size=(g, m)).astype(np.float32)
     ids = np.repeat(np.arange(40) % 7, rng.integers(3, 60, 40))[:length]
     return (x, dt, a, b, c), np.stack([ids, np.zeros(length, ids.dtype)]).astype(np.int32), weight
