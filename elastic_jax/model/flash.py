@@ -6,6 +6,7 @@ FlashAttention (arXiv 2205.14135), forward and backward, in blocks of queries an
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def fits_flash(length: int) -> bool:
     return length >= SHORTEST
 
 
+@partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
 def flash_attention(
     q_BxTxKxQxH: jax.Array,
     k_BxTxKxH: jax.Array,

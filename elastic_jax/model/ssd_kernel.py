@@ -34,6 +34,7 @@ def fits_ssd_kernel(length: int, channels: int, state: int) -> bool:
     return length >= CHUNK and state % LANES == 0 and (LANES % channels == 0 or channels % LANES == 0)
 
 
+@partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
 def ssd_by_kernel(
     x_BxTxGxMxP: jax.Array,
     dt_BxTxGxM: jax.Array,

@@ -1,0 +1,208 @@
+"""What a chip's time goes to, by the TPU compiler: each piece as XLA has it, by its kernel, and at the speed of a large matmul.
+
+  python experiments/bench/chip.py                                     v5p and v6e, minutes a piece
+  python experiments/bench/chip.py --topology v5p:8x8x4 --pieces ssd   one of them
+
+Forward and backward of one layer's piece at the published widths (30B: 32 query heads and 2 KV heads of 128; 64 or 56 Mamba
+heads of 64, 8 groups, state 128), one sequence, bfloat16. Nothing runs. XLA's own cycles are those it writes into the program
+(`estimated_cycles`); it has none for kernels. The compiler simulates those bundle by bundle, with the waits for matmuls and for
+memory: libtpu's static profile, in a process of its own for each kernel. It takes what data decides as not done, and so skips
+every block of splash attention: that kernel is profiled as it is, and once more with all blocks done at a smaller size, and the
+blocks on and below the diagonal are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import SingleDeviceSharding
+
+from elastic_jax.hlo_cost import estimated_cycles
+from elastic_jax.model import flash
+from elastic_jax.model.attention import attend_causally
+from elastic_jax.model.flash import flash_attention
+from elastic_jax.model.ssd import ssd
+from elastic_jax.model.ssd_kernel import CHUNK, ssd_by_kernel
+from elastic_jax.plan.chips import topology_devices
+
+GIB = 2**30
+CORES = {'v4': 2, 'v5p': 2}  # of a chip that the compiler gives one program; others have one
+SMALL, HEADS = 4096, 2  # tokens and query heads of a KV head that blocks of attention are profiled at
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """`flops` and `bytes` are what the mathematics needs, forward and backward; `args` are (shape, dtype) pairs."""
+
+    plain: Callable[..., jax.Array]
+    kernel: Callable[..., jax.Array]
+    args: tuple[tuple[tuple[int, ...], Any], ...]
+    out: tuple[tuple[int, ...], Any]
+    differentiable: int
+    flops: float
+    bytes: float
+    blocks: Callable[[int], tuple[float, float]] | None = None  # cores -> blocks that run and that are skipped on one of them
+
+
+def attention(length: int) -> Piece:
+    kv, per_kv, head = 2, 16, 128
+    heads, q, k = kv * per_kv, ((1, length, kv, per_kv, head), jnp.bfloat16), ((1, length, kv, head), jnp.bfloat16)
+    # Two matmuls forward and five backward, over half the square; q, o, and k, v with their gradients.
+    flops, size = 7 * heads * length**2 * head, 2 * length * head * (4 * heads + 4 * kv)
+    across = -(-length // flash.block_size(length))
+    done = across * (across + 1) / 2
+    blocks = lambda cores: (heads * done / cores, heads * (across**2 - done) / cores)
+    args = (q, k, k, ((1, length), jnp.int32))
+    return Piece(attend_causally, flash_attention, args, q, 3, flops, size, blocks)
+
+
+def state_space(heads: int, length: int = 8192) -> Piece:
+    groups, p, n, q = 8, 64, 128, CHUNK
+    x, bc = ((1, length, groups, heads // groups, p), jnp.bfloat16), ((1, length, groups, n), jnp.bfloat16)
+    dt, a = ((1, length, groups, heads // groups), jnp.float32), ((groups, heads // groups), jnp.float32)
+    flops = length * (heads * (6 * q * p + 14 * n * p) + groups * 8 * q * n)
+    states = length / q * heads * p * n * 2
+    size = length * (heads * p * (2 * 3 + 4 * 2) + groups * n * 2 * 6 + heads * 4 * 3) + 2 * states
+    plain = lambda x, dt, a, b, c, ids: ssd(x, dt, a, b, c, ids, q)[0]
+    args = (x, dt, a, bc, bc, ((1, length), jnp.int32))
+    return Piece(plain, ssd_by_kernel, args, (x[0], jnp.float32), 5, flops, size)
+
+
+PIECES = {
+    'attention 8192': attention(8192),
+    'attention 49152': attention(49152),
+    'ssd 64 heads 8192': state_space(64),
+    'ssd 56 heads 8192': state_space(56),
+}
+
+
+def both_ways(form: Callable[..., jax.Array], piece: Piece) -> Callable[..., Any]:
+    def run(grad: jax.Array, *args: jax.Array) -> Any:
+        n = piece.differentiable
+        y, backward = jax.vjp(lambda *some: form(*some, *args[n:]), *args[:n])
+        return y, backward(grad)
+
+    return run
+
+
+def every_block(length: int) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """Splash attention that computes every block, and its arguments: what decides which to skip is taken out of it."""
+    block = flash.block_size(length)
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * HEADS)
+    q, k = ((2, HEADS, length, 128), jnp.bfloat16), ((2, length, 128), jnp.bfloat16)
+
+    def run(grad: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, ids_T: jax.Array) -> Any:
+        one = splash.make_splash_mqa(mask, block_sizes=flash._block_sizes(block), head_shards=1, q_seq_shards=1)
+        for name in ('fwd_mask_info', 'dq_mask_info', 'dkv_mask_info'):
+            setattr(one, name, getattr(one, name)._replace(data_next=None, block_mask=None, mask_next=None))
+        ids = splash.SegmentIds(ids_T, ids_T)
+        y, backward = jax.vjp(jax.vmap(lambda q, k, v: one(q, k, v, ids)), q, k, v)
+        return y, backward(grad)
+
+    return run, [q, q, k, k, ((length,), jnp.int32)]
+
+
+def program(name: str, form: str) -> tuple[Callable[..., Any], Sequence[tuple[tuple[int, ...], Any]]]:
+    if form == 'every block':
+        return every_block(SMALL)
+    piece = PIECES[name]
+    return both_ways(piece.plain if form == 'xla' else piece.kernel, piece), [piece.out, *piece.args]
+
+
+def compiled(topology: str, name: str, form: str) -> Any:
+    whole = SingleDeviceSharding(topology_devices(topology).devices[0])
+    run, args = program(name, form)
+    return jax.jit(run).lower(*(jax.ShapeDtypeStruct(*arg, sharding=whole) for arg in args)).compile()
+
+
+def kernels_of(text: str) -> list[str]:
+    return re.findall(r'%([\w.-]+) = [^\n]*custom_call_target="tpu_custom_call"', text)
+
+
+def simulated(topology: str, name: str, form: str, kernel: str) -> int:
+    """Cycles of one kernel by the compiler's static profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f'--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_only_matching_hlo={kernel}'
+        command = [sys.executable, __file__, '--topology', topology, '--compile', name, form]
+        # It may end the process after it has written the profile.
+        subprocess.run(command, env={**os.environ, 'LIBTPU_INIT_ARGS': flags}, capture_output=True, check=False)
+        found = [re.search(r'estimated_cycles: (\d+)', path.read_text()) for path in Path(folder).glob('*.textproto')]
+    if not found or found[0] is None:
+        raise SystemExit(f'the compiler wrote no profile of {kernel}')
+    return int(found[0][1])
+
+
+def matmul_speed(topology: str, size: int = 8192) -> float:
+    """FLOPs a cycle of one large matmul."""
+    whole = SingleDeviceSharding(topology_devices(topology).devices[0])
+    x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=whole)
+    return 2 * size**3 / estimated_cycles(jax.jit(jnp.matmul).lower(x, x).compile().as_text())
+
+
+def report(topology: str, names: Sequence[str]) -> None:
+    cores, speed = CORES.get(topology.partition(':')[0], 1), matmul_speed(topology)
+    print(f'\n{topology}: a large matmul runs at {speed:,.0f} FLOPs a cycle\n')
+    print('| piece | TFLOP needed | GB | ideal Mcycles | XLA Mcycles | GiB | kernels Mcycles | beside them | GiB | over ideal |')
+    print('|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|')
+    of_blocks = None
+    for name in names:
+        piece, plain, by_kernel = PIECES[name], compiled(topology, name, 'xla'), compiled(topology, name, 'kernel')
+        text, ideal = by_kernel.as_text(), piece.flops / speed
+        if piece.blocks is None:
+            cycles = sum(simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(text))
+        else:
+            of_blocks = of_blocks or block_cycles(topology, cores)
+            cycles = math.fsum(each * count for each, count in zip(of_blocks, piece.blocks(cores), strict=True))
+        temp = [one.memory_analysis().temp_size_in_bytes / GIB for one in (plain, by_kernel)]
+        print(
+            f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {ideal / 1e6:.2f} | '
+            f'{estimated_cycles(plain.as_text()) / 1e6:.2f} | {temp[0]:.2f} | {cycles / 1e6:.2f} | '
+            f'{estimated_cycles(text) / 1e6:.2f} | {temp[1]:.2f} | {cycles / ideal:.2f} |',
+            flush=True,
+        )
+
+
+def block_cycles(topology: str, cores: int) -> tuple[float, float]:
+    """(cycles of a block of attention in all kernels, of one that is skipped); of the largest size of block."""
+    steps = 2 * HEADS * (SMALL / flash.block_size(SMALL)) ** 2 / cores
+    every = compiled(topology, '', 'every block').as_text()
+    run = sum(simulated(topology, '', 'every block', kernel) for kernel in kernels_of(every)) / steps
+    piece = PIECES['attention 8192']
+    name, steps = 'attention 8192', sum(piece.blocks(cores))
+    skipped = sum(
+        simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(compiled(topology, name, 'kernel').as_text())
+    )
+    return run, skipped / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--topology', default='v5p:8x8x4,v6e:16x16', help='one or several, with commas')
+    parser.add_argument('--pieces', default='', help='only pieces whose name begins so')
+    parser.add_argument('--compile', nargs=2, metavar=('PIECE', 'FORM'), help='compile one program and stop')
+    arguments = parser.parse_args()
+    if arguments.compile:
+        compiled(arguments.topology, *arguments.compile)
+        return
+    names = [name for name in PIECES if name.startswith(arguments.pieces)]
+    if not names:
+        raise SystemExit(f'no piece begins with {arguments.pieces!r}; there are {", ".join(PIECES)}')
+    for topology in arguments.topology.split(','):
+        report(topology, names)
+
+
+if __name__ == '__main__':
+    main()
