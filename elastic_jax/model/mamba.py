@@ -78,7 +78,7 @@ def mamba(
     a_GxM = -jnp.exp(params['a_log'])
     if cache is None:
         operands = x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT
-        kernels = context.kernels if fits_ssd_kernel(x_BxTxD.shape[1], mixer.head_dim, mixer.state) else 'xla'
+        kernels = context.kernels if fits_ssd_kernel(x_BxTxGxMxP.shape, mixer.state) else 'xla'
         y_BxTxGxMxP = by_platform(kernels, ssd_by_kernel, lambda *args: ssd(*args, mixer.chunk)[0], *operands)
     else:
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)

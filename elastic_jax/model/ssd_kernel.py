@@ -25,13 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES, CHUNK = 128, 8, 128
-ENOUGH = 1024  # channels of a step of the grid
+ENOUGH, WIDEST = 1024, 2048  # channels of a step of the grid: what it is worth, and what on-chip memory holds
 _BELOW = -1e30  # its exponential is 0
 
 
-def fits_ssd_kernel(length: int, channels: int, state: int) -> bool:
-    """Whether tiles hold these shapes: whole chunks and states of whole lanes, heads that fill lanes or are filled by them."""
-    return length >= CHUNK and state % LANES == 0 and (LANES % channels == 0 or channels % LANES == 0)
+def fits_ssd_kernel(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
+    """Whether tiles hold x of this shape: whole chunks, states of whole lanes, heads that fill lanes or are filled by them, and
+    groups of which some are whole lanes and find room on the chip.
+    """
+    _, length, groups, heads, channels = shape_BxTxGxMxP
+    width = _groups_of_a_block(groups, heads * channels) * heads * channels
+    whole = LANES % channels == 0 or channels % LANES == 0
+    return length >= CHUNK and state % LANES == 0 and whole and width <= WIDEST
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape

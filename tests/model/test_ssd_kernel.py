@@ -96,7 +96,8 @@ def test_the_mixer_is_the_same_by_either_form():
 
 
 def test_shapes_that_tiles_do_not_hold_are_left_to_xla():
-    assert fits_ssd_kernel(8192, channels=64, state=128)
-    assert not fits_ssd_kernel(CHUNK - 1, channels=64, state=128)
-    assert not fits_ssd_kernel(8192, channels=48, state=128)
-    assert not fits_ssd_kernel(8192, channels=64, state=64)
+    published = (1, 8192, 8, 8, 64)
+    assert fits_ssd_kernel(published, 128) and fits_ssd_kernel((1, 8192, 8, 7, 64), 128)
+    assert not fits_ssd_kernel(published, 64)
+    for shape in ((1, CHUNK - 1, 8, 8, 64), (1, 8192, 8, 16, 80), (1, 8192, 1, 80, 64)):
+        assert not fits_ssd_kernel(shape, 128)

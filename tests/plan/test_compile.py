@@ -99,10 +99,10 @@ def test_the_step_for_a_tpu_has_the_kernels_that_the_config_asks_for():
 
 def lowered_step(kernels):
     config = get_config('one_period')
-    config.arch.pattern, config.kernels = 'M*', kernels
+    config.arch.pattern, config.kernels = 'M*E', kernels
     config.mesh.fsdp = config.stages.short.batch_size = 4
     config.stages.short.context = 1024
-    config.budgets = {'full': 1.0}
+    config.budgets, config.curriculum = {'full': 1.0}, ('short',)
     plan = make_plan(config, elsewhere=True)
     stage = next(stage for stage in plan.stages if stage.name == 'short')
     program = stage_program(plan, stage, {'full': plan.parent}, plan.place(topology_devices('v5p:2x2x1').devices))
