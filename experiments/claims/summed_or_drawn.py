@@ -16,10 +16,10 @@ from elastic_jax.train.setup import make_plan
 
 
 def drawn(setting: Setting, config: ConfigDict) -> None:
-    summed = make_plan(config)
+    flops = lambda plan: stage_flops(plan, plan.stages[0])
+    summed = flops(make_plan(config))  # before the change: a plan looks at the config that it was made of
     config.stages.elastic.mode = 'sampled'
-    one = make_plan(config)
-    more = stage_flops(summed, summed.stages[0]) / stage_flops(one, one.stages[0])
+    more = summed / flops(make_plan(config))
     config.stages.elastic.steps = round(more * setting.steps)
     config.eval.every = round(more * config.eval.every)
 
