@@ -52,9 +52,9 @@ def _hand_over(cache: Cache, giver: Arch, taker: Arch, layout: Layout, dtype: An
 
 
 def _fit(given: jax.Array, shape: tuple[int, ...], split: int, fill: str) -> jax.Array:
-    """`given` cut and filled to `shape`; axis 2 is in `split` blocks."""
+    """`given` cut and filled to `shape`; axis 1 is in `split` blocks."""
     if split > 1:
-        blocked = lambda sizes: (*sizes[:2], split, sizes[2] // split, *sizes[3:])
+        blocked = lambda sizes: (sizes[0], split, sizes[1] // split, *sizes[2:])
         return _fit(given.reshape(blocked(given.shape)), blocked(shape), 1, fill).reshape(shape)
     given = given[tuple(slice(min(have, want)) for have, want in zip(given.shape, shape, strict=True))]
     for axis, want in enumerate(shape):

@@ -40,7 +40,7 @@ def place_rows(tree: Any, weights: Weights) -> Any:
 
     def place(node: Any) -> Any:
         if isinstance(node, KVCache):
-            return jax.tree.map(lambda leaf: put(leaf, split.of('kv_heads_blocks'), 2), node)
+            return jax.tree.map(lambda leaf: put(leaf, split.of('kv_heads_blocks'), 1), node)
         if isinstance(node, MambaCache):
             groups = split.of('mamba_groups')
             windows = [put(window, groups, 2) for window in node[:-1]]

@@ -21,14 +21,17 @@ LONGEST, ROWS = 2048, 512
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one block, [B, S, K, H]; slot s holds token s of its row."""
+    """Keys and values of one block, [B, K, S, H]; slot s holds token s of its row.
 
-    k_BxSxKxH: jax.Array
-    v_BxSxKxH: jax.Array
+    Slots stand next to the head dimension, as the matmuls of a decoding step want them: else every step would copy the cache.
+    """
+
+    k_BxKxSxH: jax.Array
+    v_BxKxSxH: jax.Array
 
 
 def init_kv_cache(mixer: Attention, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    shape = (batch, slots, mixer.kv_heads, mixer.head_dim)
+    shape = (batch, mixer.kv_heads, slots, mixer.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -60,14 +63,15 @@ def attention(
         heads_BxTxKxQxH = by_platform(kernels, flash_attention, attend_causally, *inputs)
     else:
         cache = KVCache(
-            _write(cache.k_BxSxKxH, k_BxTxKxH, context.length_B), _write(cache.v_BxSxKxH, v_BxTxKxH, context.length_B)
+            _write(cache.k_BxKxSxH, k_BxTxKxH, context.length_B), _write(cache.v_BxKxSxH, v_BxTxKxH, context.length_B)
         )
-        keys, values = cache.k_BxSxKxH.astype(x_BxTxD.dtype), cache.v_BxSxKxH.astype(x_BxTxD.dtype)
+        keys, values = cache.k_BxKxSxH.astype(x_BxTxD.dtype), cache.v_BxKxSxH.astype(x_BxTxD.dtype)
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
-        allowed_BxTxS = jnp.arange(keys.shape[1])[None, None] <= last_BxT[..., None]
-        heads_BxTxKxQxH = _attend(q_BxTxKxQxH, keys, values, allowed_BxTxS)
-    o = params['o'].astype(x_BxTxD.dtype)
-    y_BxTxD = leave(jnp.einsum('btkqh,kqhd->btd', heads_BxTxKxQxH, o.reshape(-1, *o.shape[2:])), axes)
+        allowed_BxTxS = jnp.arange(keys.shape[2])[None, None] <= last_BxT[..., None]
+        heads_BxTxKxQxH = _attend_cached(q_BxTxKxQxH, keys, values, allowed_BxTxS)
+    # Flat, so that not even XLA on CPU transposes the kernel.
+    o_NxD = params['o'].reshape(-1, params['o'].shape[-1]).astype(x_BxTxD.dtype)
+    y_BxTxD = leave(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1) @ o_NxD, axes)
     if mixer.output_bias:
         y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})
@@ -131,10 +135,22 @@ def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, 
     return jnp.einsum('bkqts,bskh->btkqh', weights_BxKxQxTxS, v_BxSxKxH)
 
 
-def _write(cache_BxSxKxH: jax.Array, new_BxTxKxH: jax.Array, start_B: jax.Array) -> jax.Array:
+def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxSxH: jax.Array, v_BxKxSxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
+    """`_attend` where the keys and values are a cache's: the queries of a KV head are rows of one matmul."""
+    batch, length, heads, group, dim = q_BxTxKxQxH.shape
+    q_BxKxNxH = jnp.moveaxis(q_BxTxKxQxH, 1, 2).reshape(batch, heads, length * group, dim) / math.sqrt(dim)
+    scores_BxKxNxS = jnp.einsum('bknh,bksh->bkns', q_BxKxNxH, k_BxKxSxH, preferred_element_type=jnp.float32)
+    allowed_Bx1xNxS = jnp.repeat(allowed_BxTxS, group, axis=1)[:, None]
+    weights_BxKxNxS = jax.nn.softmax(jnp.where(allowed_Bx1xNxS, scores_BxKxNxS, -1e30), axis=-1).astype(v_BxKxSxH.dtype)
+    heads_BxKxNxH = jnp.einsum('bkns,bksh->bknh', weights_BxKxNxS, v_BxKxSxH)
+    return jnp.moveaxis(heads_BxKxNxH.reshape(batch, heads, length, group, dim), 2, 1)
+
+
+def _write(cache_BxKxSxH: jax.Array, new_BxTxKxH: jax.Array, start_B: jax.Array) -> jax.Array:
     """Writes each row's new entries at its own position."""
-    update = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0))
-    return jax.vmap(update)(cache_BxSxKxH, new_BxTxKxH.astype(cache_BxSxKxH.dtype), start_B)
+    update = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0))
+    new_BxKxTxH = jnp.moveaxis(new_BxTxKxH, 1, 2).astype(cache_BxKxSxH.dtype)
+    return jax.vmap(update)(cache_BxKxSxH, new_BxKxTxH, start_B)
 
 
 def rotary_angles(positions_BxT: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:

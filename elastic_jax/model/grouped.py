@@ -1,7 +1,9 @@
 """Grouped matmul: every token through the experts it chose, dropless, with static shapes.
 
-Two forms with the same numbers: on TPU and GPU assignments are sorted by expert for `ragged_dot`; on CPU, where `ragged_dot`
-computes every expert, each expert's rows are padded to whole blocks and one batched matmul runs over the blocks.
+Three forms with the same numbers. On TPU and GPU assignments are sorted by expert for `ragged_dot`. On CPU, where that computes
+every expert, each expert's rows are padded to whole blocks and one batched matmul runs over the blocks; where nothing asks for a
+gradient, a loop runs over just the blocks that hold rows, and decoding reads an expert's weights once for a token or two, not for
+sixty-four rows of padding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Plan(NamedTuple):
     groups: jax.Array
 
 
-def apply_experts(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: ExpertNetwork) -> tuple[jax.Array, ...]:
+def apply_experts(
+    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: ExpertNetwork, differentiable: bool = True
+) -> tuple[jax.Array, ...]:
     """`network` of each token's K experts: arrays [N, K, ...].
 
     Args:
@@ -41,7 +45,44 @@ def apply_experts(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: E
     """
     by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), _block_matmul, network)
     by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), jax.lax.ragged_dot, network)
-    return jax.lax.platform_dependent(x_NxD, ids_NxK, cpu=by_blocks, default=by_ragged)
+    in_turn = lambda x, ids: _run_in_turn(x, ids, experts, network)
+    on_cpu = by_blocks if differentiable else in_turn
+    return jax.lax.platform_dependent(x_NxD, ids_NxK, cpu=on_cpu, default=by_ragged)
+
+
+def _run_in_turn(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: ExpertNetwork) -> tuple[jax.Array, ...]:
+    """Block after block of rows sorted by expert, as many as there are; the last rows of an expert's last block are written over
+    by the next expert's."""
+    plan = sorted_plan(ids_NxK, experts)
+    pairs = ids_NxK.size
+    block = block_size(pairs, experts)
+    sizes_E = plan.groups
+    last_row_E, last_block_E = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // block))
+    rows_RxD = jnp.pad(_dispatch(x_NxD, plan), ((0, block), (0, 0)))
+
+    def one(rows_BxD: jax.Array, expert: jax.Array) -> tuple[jax.Array, ...]:
+        return network(rows_BxD, lambda rows, w_ExDxF: rows @ jax.lax.dynamic_index_in_dim(w_ExDxF, expert, keepdims=False))
+
+    def turn(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        expert = jnp.sum(last_block_E <= i)
+        before = -(-sizes_E[expert] // block) - (last_block_E[expert] - i)
+        start = last_row_E[expert] - sizes_E[expert] + before * block
+        own = one(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), expert)
+        put = lambda output, new: jax.lax.dynamic_update_slice_in_dim(output, new, start, axis=0)
+        return jax.tree.map(put, outputs, own)
+
+    shapes = jax.eval_shape(one, rows_RxD[:block], jnp.int32(0))
+    empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
+    outputs = jax.lax.fori_loop(0, last_block_E[-1], turn, empty)
+    return tuple(_collect(out[:pairs], plan).reshape(*ids_NxK.shape, *out.shape[1:]) for out in outputs)
+
+
+def block_size(pairs: int, experts: int, largest: int = BLOCK) -> int:
+    """Rows of a block: one for a single token, whose matmuls are of a vector; else about half an expert's even share."""
+    size = 1 if pairs < 8 else 4
+    while size < largest and 4 * size * experts <= pairs:
+        size *= 2
+    return size
 
 
 def _run(

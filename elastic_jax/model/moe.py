@@ -51,7 +51,8 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         own_NxK = gather_rows(ids_NxK, row_axes) - part_index(axes) * experts
         own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
-    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, network)
+    differentiable = context.length_B is None  # with a cache nothing is trained
+    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, network, differentiable)
     shares_NxK = gather_rows(enter(weights_NxK, unit_axes), row_axes).astype(out_NxKxD.dtype)
     y_NxD = leave(scatter_rows(jnp.einsum('nkd,nk->nd', out_NxKxD, shares_NxK), row_axes), unit_axes)
     aux = _load(ids_NxK, scores_NxE, context)

@@ -120,6 +120,27 @@ def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), found, expected)
 
 
+in_turn_jit = jax.jit(grouped._run_in_turn, static_argnames=('experts', 'network'))
+
+
+@pytest.mark.parametrize('tokens', [1, 2, 30])
+def test_where_nothing_is_trained_experts_run_in_turn(tokens):
+    """Blocks of one, one and four rows; experts that are unused, and pairs (of id 6) whose expert is elsewhere."""
+    rng = np.random.default_rng(tokens)
+    up = rng.normal(size=(6, 7, 5)).astype(np.float32)
+    network = lambda rows, matmul: (matmul(rows, jnp.asarray(up)), rows)
+    for _ in range(5):
+        x, ids = (
+            rng.normal(size=(tokens, 7)).astype(np.float32),
+            rng.integers(0, 7, (tokens, 2)) * rng.integers(0, 2, (tokens, 2)),
+        )
+        out, rows = in_turn_jit(x, ids, 6, network)
+        present = (ids < 6)[..., None]
+        expected = np.where(present, np.einsum('nd,nkdf->nkf', x, up[np.minimum(ids, 5)]), 0)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        np.testing.assert_allclose(rows, np.where(present, x[:, None], 0), atol=1e-6)
+
+
 plan_jit = jax.jit(grouped.block_plan, static_argnames=('experts', 'block'))
 
 
