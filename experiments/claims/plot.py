@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def picture(arms: Sequence[str], results: Results, title: str, parent: float) ->
         panel.spines[:].set_visible(False)
     figure.axes[0].set_ylabel('held-out bits per byte (dashed: parent)', color=SOFT)
     figure.axes[-1].legend(frameon=False, fontsize=9.5)
-    figure.suptitle(title, x=0.01, ha='left', fontsize=14, fontweight='bold', color=INK)
+    figure.suptitle(textwrap.fill(title, 44 * len(budgets)), x=0.01, ha='left', fontsize=14, fontweight='bold', color=INK)
     return figure
 
 
