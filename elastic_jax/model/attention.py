@@ -129,9 +129,7 @@ def _allowed(steps_R: jax.Array, length: int, ids_BxR: jax.Array | None, ids_BxT
 def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
     scale = 1.0 / math.sqrt(q_BxTxKxQxH.shape[-1])
     scores_BxKxQxTxS = jnp.einsum('btkqh,bskh->bkqts', q_BxTxKxQxH * scale, k_BxSxKxH, preferred_element_type=jnp.float32)
-    # A finite floor: a padding token that may see nothing gets an average, never NaN.
-    scores_BxKxQxTxS = jnp.where(allowed_BxTxS[:, None, None], scores_BxKxQxTxS, -1e30)
-    weights_BxKxQxTxS = jax.nn.softmax(scores_BxKxQxTxS, axis=-1).astype(v_BxSxKxH.dtype)
+    weights_BxKxQxTxS = _weights(scores_BxKxQxTxS, allowed_BxTxS[:, None, None]).astype(v_BxSxKxH.dtype)
     return jnp.einsum('bkqts,bskh->btkqh', weights_BxKxQxTxS, v_BxSxKxH)
 
 
@@ -141,9 +139,14 @@ def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxSxH: jax.Array, v_BxKxSxH: jax.
     q_BxKxNxH = jnp.moveaxis(q_BxTxKxQxH, 1, 2).reshape(batch, heads, length * group, dim) / math.sqrt(dim)
     scores_BxKxNxS = jnp.einsum('bknh,bksh->bkns', q_BxKxNxH, k_BxKxSxH, preferred_element_type=jnp.float32)
     allowed_Bx1xNxS = jnp.repeat(allowed_BxTxS, group, axis=1)[:, None]
-    weights_BxKxNxS = jax.nn.softmax(jnp.where(allowed_Bx1xNxS, scores_BxKxNxS, -1e30), axis=-1).astype(v_BxKxSxH.dtype)
+    weights_BxKxNxS = _weights(scores_BxKxNxS, allowed_Bx1xNxS).astype(v_BxKxSxH.dtype)
     heads_BxKxNxH = jnp.einsum('bkns,bksh->bknh', weights_BxKxNxS, v_BxKxSxH)
     return jnp.moveaxis(heads_BxKxNxH.reshape(batch, heads, length, group, dim), 2, 1)
+
+
+def _weights(scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    # A finite floor: a padding token that may see nothing gets an average, never NaN.
+    return jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
 
 
 def _write(cache_BxKxSxH: jax.Array, new_BxTxKxH: jax.Array, start_B: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def flash_attention(
         ids_BxT = jnp.pad(segment_ids_BxT, ((0, 0), (0, padded - length)))
         ids = splash.SegmentIds(ids_BxT, ids_BxT)
     mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * per_kv)
-    one = splash.make_splash_mqa(mask, block_sizes=_block_sizes(block), head_shards=1, q_seq_shards=1, interpret=interpret)
+    one = splash.make_splash_mqa(mask, block_sizes=block_sizes(block), head_shards=1, q_seq_shards=1, interpret=interpret)
     # A vmapped dimension is one that a chip's two cores may share; the backward pass's own are not.
     heads_BxKxQxTxH = jax.vmap(jax.vmap(one, (0, 0, 0, None)))(q_BxKxQxTxH, k_BxKxTxH, v_BxKxTxH, ids)
     return jnp.moveaxis(heads_BxKxQxTxH[:, :, :, :length, :head_dim], 3, 1)
@@ -62,7 +62,8 @@ def block_size(length: int, head_bytes: int = 256) -> int:
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _block_sizes(block: int) -> splash.BlockSizes:
+def block_sizes(block: int) -> splash.BlockSizes:
+    """What splash attention's kernels take at once, of blocks of so many tokens."""
     # Keys are taken in halves of a block. Gradients are made by two kernels: a single one needs 5 matmuls where they take 7, but
     # writes the queries' gradients once for every block of keys, whose sum costs as much as that saves.
     part = block // 2 if block % (2 * LANES) == 0 else block

@@ -42,6 +42,7 @@ def apply_experts(
     Args:
       ids_NxK: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       network: maps (rows [R, D], matmul) to arrays [R, ...]; `matmul(rows, w)` multiplies each row by its expert's w [E, D, F].
+      differentiable: whether a gradient may be asked for, which the loop of the third form does not have.
     """
     by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), _block_matmul, network)
     by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), jax.lax.ragged_dot, network)

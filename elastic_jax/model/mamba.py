@@ -14,7 +14,8 @@ from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
-from elastic_jax.model.ssd_kernel import fits_ssd_kernel, ssd_by_kernel
+from elastic_jax.model.ssd_blocks import fits_ssd_kernel
+from elastic_jax.model.ssd_kernel import ssd_by_kernel
 
 
 class MambaCache(NamedTuple):

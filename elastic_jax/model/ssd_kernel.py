@@ -8,13 +8,10 @@ l is the running sum of dt · a over the chunk, which is made outside by XLA and
 before the chunk to a token, e = exp(l_Q - l) dt a token to the chunk's end, r = exp(l_Q) the state there; each is 0 across the
 boundary of a document. No array of tokens x tokens leaves the chip. What has one number for a token and head lies with the
 tokens along lanes, as rows.
-
-A unit is what the matmuls take at once: as many heads as fill 128 lanes, or one head where it is wider.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -24,19 +21,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, SUBLANES, CHUNK = 128, 8, 128
-ENOUGH, WIDEST = 1024, 2048  # channels of a step of the grid: what it is worth, and what on-chip memory holds
+from elastic_jax.model.ssd_blocks import CHUNK, LANES, SUBLANES, Blocks, groups_of_a_block
+
 _BELOW = -1e30  # its exponential is 0
-
-
-def fits_ssd_kernel(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
-    """Whether tiles hold x of this shape: whole chunks, states of whole lanes, heads that fill lanes or are filled by them, and
-    groups of which some are whole lanes and find room on the chip.
-    """
-    _, length, groups, heads, channels = shape_BxTxGxMxP
-    width = _groups_of_a_block(groups, heads * channels) * heads * channels
-    whole = LANES % channels == 0 or channels % LANES == 0
-    return length >= CHUNK and state % LANES == 0 and whole and width <= WIDEST
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
@@ -49,13 +36,13 @@ def ssd_by_kernel(
     segment_ids_BxT: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """y [B, T, G, M, P] in float32, as the first of what `ssd.ssd` returns; for shapes that `fits_ssd_kernel` allows."""
+    """y [B, T, G, M, P] in float32, the first of what `ssd.ssd` returns; for shapes that `ssd_blocks.fits_ssd_kernel` allows."""
     batch, length, groups, heads, channels = x_BxTxGxMxP.shape
     pad = -length % CHUNK
     flat = lambda u: jnp.pad(u.reshape(batch, length, -1), ((0, 0), (0, pad), (0, 0)))
     ids_BxT = jnp.zeros((batch, length), jnp.int32) if segment_ids_BxT is None else segment_ids_BxT
     ids_BxT = jnp.pad(ids_BxT, ((0, 0), (0, pad)), mode='edge')
-    blocks = Blocks(_groups_of_a_block(groups, heads * channels), heads, channels, b_BxTxGxN.shape[-1], interpret)
+    blocks = Blocks(groups_of_a_block(groups, heads * channels), heads, channels, b_BxTxGxN.shape[-1], interpret)
     chunks_BxCxQ = ids_BxT.reshape(batch, -1, CHUNK)
     before_BxC = jnp.concatenate([chunks_BxCxQ[:, :1, 0], chunks_BxCxQ[:, :-1, -1]], axis=1)
     before_BxT = jnp.repeat(before_BxC, CHUNK, axis=1)  # the document of the state that a token's chunk begins with
@@ -71,101 +58,22 @@ def ssd_by_kernel(
     return y_BxTxL[:, :length].reshape(x_BxTxGxMxP.shape)
 
 
-def _groups_of_a_block(groups: int, width: int) -> int:
-    """The fewest groups whose channels are whole lanes, and enough of them to be worth a step of the grid; else all."""
-    fits = (n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0 and n * width >= ENOUGH)
-    return next(fits, groups)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What one step of the grid computes: a chunk of `groups` groups of `per_group` heads."""
-
-    groups: int
-    per_group: int
-    channels: int
-    state: int
-    interpret: bool
-
-    @property
-    def heads(self) -> int:
-        return self.groups * self.per_group
-
-    @property
-    def rows(self) -> int:
-        """Of what has a row for each head: whole tiles."""
-        return self.heads + -self.heads % SUBLANES
-
-    @property
-    def width(self) -> int:
-        """Lanes of x."""
-        return self.heads * self.channels
-
-    def units(self) -> list[Unit]:
-        size = max(1, LANES // self.channels)
-        return [Unit(self, tuple(range(h, min(h + size, self.heads)))) for h in range(0, self.heads, size)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    blocks: Blocks
-    heads: tuple[int, ...]
-
-    @property
-    def lanes(self) -> slice:
-        return slice(self.heads[0] * self.blocks.channels, (self.heads[-1] + 1) * self.blocks.channels)
-
-    @property
-    def groups(self) -> list[int]:
-        return sorted({self.group(h) for h in self.heads})
-
-    def group(self, head: int) -> int:
-        return head // self.blocks.per_group
-
-    def pick(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Of every head's part [R, lanes] its own lanes."""
-        result = parts[0]
-        for n, part in enumerate(parts[1:], 1):
-            if part is not parts[n - 1]:
-                result = jnp.where(self._lane(part) >= n * self.blocks.channels, part, result)
-        return result
-
-    def by_group(self, part: dict[int, jax.Array]) -> jax.Array:
-        return self.pick([part[self.group(h)] for h in self.heads])
-
-    def spread(self, columns: jax.Array) -> jax.Array:
-        """[R, rows of the block] -> [R, lanes]: each head's column on all of its lanes."""
-        width = self.lanes.stop - self.lanes.start
-        return self.pick([jnp.broadcast_to(columns[:, h : h + 1], (columns.shape[0], width)) for h in self.heads])
-
-    def only(self, x: jax.Array, heads: Sequence[int]) -> jax.Array:
-        """x [R, lanes] with zeros on the lanes of other heads; `heads` are neighbours."""
-        if len(heads) == len(self.heads):
-            return x
-        lane, first = self._lane(x) + self.lanes.start, heads[0] * self.blocks.channels
-        kept = (lane >= first) & (lane < first + len(heads) * self.blocks.channels)
-        return jnp.where(kept, x, jnp.zeros_like(x))
-
-    def only_group(self, x: jax.Array, group: int) -> jax.Array:
-        return self.only(x, [h for h in self.heads if self.group(h) == group])
-
-    def _lane(self, x: jax.Array) -> jax.Array:
-        return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-
-
 def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
     """Sum over dimension over[0] of x and over[1] of y, in float32."""
     return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _groups_part(ref: jax.Array, group: int, state: int) -> jax.Array:
-    return ref[0, :, group * state : (group + 1) * state]
 
 
 def _within(ids: jax.Array) -> jax.Array:
     """[Q, K]: whether token k is of token q's document and not after it; `ids` [1, K]."""
     q, k = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
     return (q >= k) & (jnp.broadcast_to(ids, (SUBLANES, CHUNK)).T[:, :1] == ids)
+
+
+def _chunk(b, c, ids, blocks: Blocks) -> tuple[jax.Array, dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
+    """Who sees whom [Q, K], and of every group B, C [Q, N] and C Bᵀ [Q, K]."""
+    parts = {g: slice(g * blocks.state, (g + 1) * blocks.state) for g in range(blocks.groups)}
+    bs, cs = ({g: ref[0, :, part] for g, part in parts.items()} for ref in (b, c))
+    return _within(ids[0]), bs, cs, {g: _dot(cs[g], bs[g], (1, 1)) for g in parts}
 
 
 class _Scalars(NamedTuple):
@@ -176,6 +84,11 @@ class _Scalars(NamedTuple):
     end: jax.Array
     carry: jax.Array
     to_end: jax.Array
+
+    def columns(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """l, f and e with the tokens down the rows, [Q, rows], and r [1, rows]."""
+        carry = jnp.broadcast_to(self.carry, (self.carry.shape[0], LANES)).T[:1]
+        return self.sums.T, self.start.T, self.end.T, carry
 
 
 def _scalars(sums: jax.Array, dt: jax.Array, ids: jax.Array, before: jax.Array) -> _Scalars:
@@ -193,11 +106,9 @@ def _forward_kernel(x, b, c, sums, dt, ids, before, y, *states_and_state, blocks
     def _() -> None:
         state[...] = jnp.zeros_like(state)
 
-    dtype, within, dt = x.dtype, _within(ids[0]), dt[0, 0]
-    scalars = _scalars(sums[0, 0], dt, ids[0], before[0])
-    columns, start, end, carry = scalars.sums.T, scalars.start.T, scalars.end.T, _as_row(scalars.carry)
-    bs, cs = ({g: _groups_part(ref, g, blocks.state) for g in range(blocks.groups)} for ref in (b, c))
-    scores = {g: _dot(cs[g], bs[g], (1, 1)) for g in bs}
+    dtype, dt, scalars = x.dtype, dt[0, 0], _scalars(sums[0, 0], dt[0, 0], ids[0], before[0])
+    columns, start, end, carry = scalars.columns()
+    within, bs, cs, scores = _chunk(b, c, ids, blocks)
     for unit in blocks.units():
         own, lanes = x[0, :, unit.lanes], unit.lanes
         old = state[:, lanes]
@@ -215,11 +126,6 @@ def _forward_kernel(x, b, c, sums, dt, ids, before, y, *states_and_state, blocks
         state[:, lanes] = unit.spread(carry) * old + added
 
 
-def _as_row(column: jax.Array) -> jax.Array:
-    """[rows, 1] -> [1, rows]."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
-
-
 def _decay(within: jax.Array, columns: jax.Array, rows: jax.Array, head: int) -> jax.Array:
     return jnp.exp(jnp.where(within, columns[:, head : head + 1] - rows[head : head + 1], _BELOW))
 
@@ -233,20 +139,14 @@ def _backward_kernel(
     def _() -> None:
         d_state[...] = jnp.zeros_like(d_state)
 
-    dtype, within, dt = x.dtype, _within(ids[0]), dt[0, 0]
-    scalars = _scalars(sums[0, 0], dt, ids[0], before[0])
-    columns, start, end, carry = scalars.sums.T, scalars.start.T, scalars.end.T, _as_row(scalars.carry)
-    bs, cs = ({g: _groups_part(ref, g, blocks.state) for g in range(blocks.groups)} for ref in (b, c))
-    scores = {g: _dot(cs[g], bs[g], (1, 1)) for g in bs}
+    dtype, dt, scalars = x.dtype, dt[0, 0], _scalars(sums[0, 0], dt[0, 0], ids[0], before[0])
+    columns, start, end, carry = scalars.columns()
+    within, bs, cs, scores = _chunk(b, c, ids, blocks)
     # Sums over a head's channels or a chunk's tokens, gathered head by head.
     by_column = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
     by_row = jax.lax.broadcasted_iota(jnp.int32, dt.shape, 0)
     d_columns, d_start, d_end = (jnp.zeros(columns.shape, jnp.float32) for _ in range(3))
-    d_rows, d_steps, d_carry = (
-        jnp.zeros(dt.shape, jnp.float32),
-        jnp.zeros(dt.shape, jnp.float32),
-        jnp.zeros(dt.shape, jnp.float32),
-    )
+    d_rows, d_steps, d_carry = (jnp.zeros(dt.shape, jnp.float32) for _ in range(3))
     at_column = lambda h, part: jnp.where(by_column == h, part.sum(axis=1, keepdims=True), 0.0)
     at_row = lambda h, row: jnp.where(by_row == h, row, 0.0)
     d_scores = {g: jnp.zeros((CHUNK, CHUNK), jnp.float32) for g in bs}

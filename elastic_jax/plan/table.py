@@ -35,7 +35,7 @@ def _memory(rows: list[Row]) -> Iterator[str]:
 
 
 def _work(rows: list[Row]) -> Iterator[str]:
-    body = [['program', 'TFLOP needed', 'TFLOP compiled', 'Mcycles', 'compile s']]
+    body = [['program', 'TFLOP needed', 'TFLOP compiled', 'Mcycles outside kernels', 'compile s']]
     for row in rows:
         one = row.compiled
         compiled = '' if one.matmul_flops is None else f'{one.matmul_flops / 1e12:.3g}'

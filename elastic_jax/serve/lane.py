@@ -20,7 +20,6 @@ from elastic_jax.infer.decoding import (
     CHUNKS,
     NO_TOKEN,
     Mark,
-    Requests,
     State,
     advance,
     bucket,
@@ -70,7 +69,7 @@ class Lane:
         # What is fed is padded to chunks, and padding must not reach past the last place either.
         self.places = bucket(context + CHUNKS[0], 64)
         nobody = requests_of([Sampling()] * slots, [0] * slots, stop_ids)
-        self.state = _empty(weights, nobody, self.places, slots)
+        self.state = empty_state(weights, nobody, self.places, [0] * slots)
         self.left = [0] * slots
         self.lengths = [0] * slots
         # Rows that may be taken out: how many tokens each held at its mark, and the marks of all.
@@ -105,7 +104,7 @@ class Lane:
           given: the cache of its first tokens; without one all are fed.
         """
         limit = float('inf') if entropy is None else entropy
-        state = _empty(weights, requests_of([sampling], [seed], self.stop_ids, limit), self.places, 1)
+        state = empty_state(weights, requests_of([sampling], [seed], self.stop_ids, limit), self.places, [0])
         state = state._replace(drawn_B=np.asarray([drawn], np.int32))
         count = 0
         if given is not None:
@@ -147,7 +146,7 @@ class Lane:
         """The cache of a row, were it to hold just these tokens: no fewer than at its mark, and the same up to there."""
         cache = _row(self.state.cache, self._mark, np.int32(slot))
         nobody = requests_of([Sampling()], [0], self.stop_ids)
-        state = _empty(weights, nobody, self.places, 1)._replace(cache=cache)
+        state = empty_state(weights, nobody, self.places, [0])._replace(cache=cache)
         prefill = Prefill(state, [], tokens[self.marked[slot] :])
         while prefill.rest:
             self.feed(weights, prefill)
@@ -167,11 +166,6 @@ class Lane:
             self._mark = move_mark(self._mark, self.state.cache, np.asarray(moved))
             self.marked |= {slot: self.lengths[slot] for slot in self.marked if moved[slot]}
         return gained, [left > 0 and not on for left, on in zip(self.left, going, strict=True)]
-
-
-@partial(jax.jit, static_argnames=('places', 'rows'))
-def _empty(weights: Weights, requests: Requests, places: int, rows: int) -> State:
-    return empty_state(weights, requests, places, [0] * rows)
 
 
 @partial(jax.jit, donate_argnames='slots')

@@ -35,7 +35,8 @@ from elastic_jax.model import flash
 from elastic_jax.model.attention import attend_causally
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.ssd import ssd
-from elastic_jax.model.ssd_kernel import CHUNK, ssd_by_kernel
+from elastic_jax.model.ssd_blocks import CHUNK
+from elastic_jax.model.ssd_kernel import ssd_by_kernel
 from elastic_jax.plan.chips import topology_devices
 
 GIB = 2**30
@@ -105,7 +106,7 @@ def every_block(length: int) -> tuple[Callable[..., Any], list[tuple[tuple[int, 
     q, k = ((2, HEADS, length, 128), jnp.bfloat16), ((2, length, 128), jnp.bfloat16)
 
     def run(grad: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, ids_T: jax.Array) -> Any:
-        one = splash.make_splash_mqa(mask, block_sizes=flash._block_sizes(block), head_shards=1, q_seq_shards=1)
+        one = splash.make_splash_mqa(mask, block_sizes=flash.block_sizes(block), head_shards=1, q_seq_shards=1)
         for name in ('fwd_mask_info', 'dq_mask_info', 'dkv_mask_info'):
             setattr(one, name, getattr(one, name)._replace(data_next=None, block_mask=None, mask_next=None))
         ids = splash.SegmentIds(ids_T, ids_T)

@@ -11,7 +11,8 @@ from elastic_jax.arch import Arch, Mamba
 from elastic_jax.model.context import context_for
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.ssd import ssd
-from elastic_jax.model.ssd_kernel import CHUNK, fits_ssd_kernel, ssd_by_kernel
+from elastic_jax.model.ssd_blocks import CHUNK, fits_ssd_kernel
+from elastic_jax.model.ssd_kernel import ssd_by_kernel
 from tests.model import oracle
 from tests.tiny import numpy_params
 

@@ -157,7 +157,7 @@ def test_a_failure_ends_what_was_there_and_the_next_request_runs():
 
 def test_other_requests_compile_nothing_new():
     engine = Engine(SIZES, LIMITS)
-    programs = (decoding.advance, decoding.feed_chunk, lane._join, lane._empty)
+    programs = (decoding.advance, decoding.feed_chunk, lane._join, decoding._empty_state)
     for budget in BUDGETS:
         for length in (1, 20, 90):
             engine.submit(job('a' * length, budget, 4), Told())

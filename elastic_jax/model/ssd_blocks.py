@@ -1,0 +1,107 @@
+"""How the state-space kernels cut their operands: what a step of the grid computes, and what its matmuls take at once.
+
+A unit is what the matmuls take at once: as many heads as fill 128 lanes, or one head where it is wider.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+LANES, SUBLANES, CHUNK = 128, 8, 128
+ENOUGH, WIDEST = 1024, 2048  # channels of a step of the grid: what it is worth, and what on-chip memory holds
+
+
+def fits_ssd_kernel(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
+    """Whether tiles hold x of this shape: whole chunks, states of whole lanes, heads that fill lanes or are filled by them, and
+    groups of which some are whole lanes and find room on the chip.
+    """
+    _, length, groups, heads, channels = shape_BxTxGxMxP
+    width = groups_of_a_block(groups, heads * channels) * heads * channels
+    whole = LANES % channels == 0 or channels % LANES == 0
+    return length >= CHUNK and state % LANES == 0 and whole and width <= WIDEST
+
+
+def groups_of_a_block(groups: int, width: int) -> int:
+    """The fewest groups whose channels are whole lanes, and enough of them to be worth a step of the grid; else all."""
+    fits = (n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0 and n * width >= ENOUGH)
+    return next(fits, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What one step of the grid computes: a chunk of `groups` groups of `per_group` heads."""
+
+    groups: int
+    per_group: int
+    channels: int
+    state: int
+    interpret: bool
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.per_group
+
+    @property
+    def rows(self) -> int:
+        """Of what has a row for each head: whole tiles."""
+        return self.heads + -self.heads % SUBLANES
+
+    @property
+    def width(self) -> int:
+        """Lanes of x."""
+        return self.heads * self.channels
+
+    def units(self) -> list[Unit]:
+        size = max(1, LANES // self.channels)
+        return [Unit(self, tuple(range(h, min(h + size, self.heads)))) for h in range(0, self.heads, size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    blocks: Blocks
+    heads: tuple[int, ...]
+
+    @property
+    def lanes(self) -> slice:
+        return slice(self.heads[0] * self.blocks.channels, (self.heads[-1] + 1) * self.blocks.channels)
+
+    @property
+    def groups(self) -> list[int]:
+        return sorted({self.group(h) for h in self.heads})
+
+    def group(self, head: int) -> int:
+        return head // self.blocks.per_group
+
+    def pick(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Of every head's part [R, lanes] its own lanes."""
+        result = parts[0]
+        for n, part in enumerate(parts[1:], 1):
+            if part is not parts[n - 1]:
+                result = jnp.where(self._lane(part) >= n * self.blocks.channels, part, result)
+        return result
+
+    def by_group(self, part: dict[int, jax.Array]) -> jax.Array:
+        return self.pick([part[self.group(h)] for h in self.heads])
+
+    def spread(self, columns: jax.Array) -> jax.Array:
+        """[R, rows of the block] -> [R, lanes]: each head's column on all of its lanes."""
+        width = self.lanes.stop - self.lanes.start
+        return self.pick([jnp.broadcast_to(columns[:, h : h + 1], (columns.shape[0], width)) for h in self.heads])
+
+    def only(self, x: jax.Array, heads: Sequence[int]) -> jax.Array:
+        """x [R, lanes] with zeros on the lanes of other heads; `heads` are neighbours."""
+        if len(heads) == len(self.heads):
+            return x
+        lane, first = self._lane(x) + self.lanes.start, heads[0] * self.blocks.channels
+        kept = (lane >= first) & (lane < first + len(heads) * self.blocks.channels)
+        return jnp.where(kept, x, jnp.zeros_like(x))
+
+    def only_group(self, x: jax.Array, group: int) -> jax.Array:
+        return self.only(x, [h for h in self.heads if self.group(h) == group])
+
+    def _lane(self, x: jax.Array) -> jax.Array:
+        return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
