@@ -12,7 +12,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Manifest:
         data = dict(data)
         version, digest = data.pop('format_version', None), data.pop('digest', None)
         if version != FORMAT_VERSION:
-            raise UserError(f'{where} has format version {version}, this program reads {FORMAT_VERSION}; update elastic_jax')
+            todo = 'write it again' if isinstance(version, int) and version < FORMAT_VERSION else 'update elastic_jax'
+            raise UserError(f'{where} has format version {version}, this program reads {FORMAT_VERSION}; {todo}')
         if digest != _digest(data):
             raise UserError(f'{where} was edited or damaged (its digest does not match); restore it, or use another checkpoint')
         try:

@@ -33,7 +33,6 @@ from elastic_jax.hf.name_map import (
     expert_index,
     hf_tensors,
     part_of,
-    piece_axes,
     row_major,
     tied_copy,
 )
@@ -221,7 +220,7 @@ def _read_ahead(parts: list[_Part], leaf_reader: LeafReader, reading: ThreadPool
 def _append(writer: SafetensorsWriter, part: _Part, leaf: np.ndarray, dtype: np.dtype) -> None:
     """Writes the part's rows, about a megabyte at a time."""
     own = rank_order(leaf, part_of(part.param, part.index), part.mixer) if part.piece.expert is None else leaf[0, 0]
-    rows = as_rows(own, piece_axes(part.param, part.piece))
+    rows = as_rows(own, part.param, part.piece)
     step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
     for at in range(0, len(rows), step):
         writer.append(row_major(rows[at : at + step]).astype(dtype, copy=False))

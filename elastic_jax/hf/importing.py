@@ -31,7 +31,6 @@ from elastic_jax.hf.name_map import (
     expert_index,
     hf_tensors,
     part_of,
-    piece_axes,
     sources,
 )
 from elastic_jax.layout import FLAT, Layout
@@ -148,7 +147,7 @@ def _read_part(
             if not cut.start <= inner < cut.stop:
                 continue
             target, first, count = leaf[block, inner - cut.start], 0, piece.rows
-        rows = as_rows(target, piece_axes(param, piece))
+        rows = as_rows(target, param, piece)
         step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
         for at in range(0, count, step):
             stop = min(count, at + step)

@@ -1,7 +1,8 @@
 """The map between our leaves and Hugging Face's tensors, tensor by tensor in both directions.
 
 A family declares which leaves each tensor holds, in row order (`Names`); shapes, transposes and expert indices follow from
-the table of parameters, since a Hugging Face linear weight is [out, in] and ours is [in, out...]. Files are flat in rank order.
+the table of parameters, since a Hugging Face linear weight is [out, in] and ours is [in, out...], but for the experts' and the
+embedding table. Files are flat in rank order.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def _tensor(name: str, table: Table, group: str, held: tuple[str, ...], expert: 
     for leaf in held:
         param = table[group][leaf]
         axes, shape = _own_dims(param, expert is not None)
-        if not _is_transposed(axes):
-            rows, tail = (math.prod(shape), ()) if axes[0] != 'vocab' else (shape[0], shape[1:])
+        if not _is_transposed(axes, param):
+            rows, tail = (shape[0], shape[1:]) if _is_matrix(axes) else (math.prod(shape), ())
         elif axes[-1] == 'embed':
             rows, tail = shape[-1], (math.prod(shape[:-1]),)
         else:  # A depthwise convolution has one input channel per output.
@@ -123,9 +124,16 @@ def _own_dims(param: Param, per_expert: bool) -> tuple[tuple[str, ...], tuple[in
     return param.axes[skip:], param.shape[skip:]
 
 
-def _is_transposed(axes: tuple[str, ...]) -> bool:
-    """Whether the tensor is the leaf's transpose: every matrix but the embedding table, which is [vocab, embed] in both."""
-    return len(axes) > 1 and axes[0] != 'vocab' and ('embed' in (axes[0], axes[-1]) or axes[0] == 'conv')
+def _is_matrix(axes: tuple[str, ...]) -> bool:
+    return len(axes) > 1 and ('embed' in (axes[0], axes[-1]) or axes[0] == 'conv')
+
+
+def _is_transposed(axes: tuple[str, ...], param: Param) -> bool:
+    """Whether the tensor is the leaf's transpose: every matrix but those that read the embedding along their last dimension
+    (they do not produce it, so its mask is not theirs) and the table, which is [vocab, embed] in both.
+    """
+    reads_last = axes[-1] == 'embed' and 'embed' not in param.mask
+    return _is_matrix(axes) and axes[0] != 'vocab' and not reads_last
 
 
 def expert_index(param: Param, mixer: MoE, expert: int) -> tuple[int, int]:
@@ -134,10 +142,11 @@ def expert_index(param: Param, mixer: MoE, expert: int) -> tuple[int, int]:
     return divmod(expert, inner) if mixer.groups > 1 else (expert % blocks, expert // blocks)
 
 
-def as_rows(leaf: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
+def as_rows(leaf: np.ndarray, param: Param, piece: Piece) -> np.ndarray:
     """A view of a leaf (or expert) in rank order as Hugging Face's rows: [rows, columns], or [rows] of a vector."""
-    if not _is_transposed(axes):
-        return leaf if axes[0] == 'vocab' else leaf.reshape(-1)
+    axes = piece_axes(param, piece)
+    if not _is_transposed(axes, param):
+        return leaf if _is_matrix(axes) else leaf.reshape(-1)
     if axes[-1] == 'embed':
         return leaf.reshape(-1, leaf.shape[-1]).T
     return leaf.reshape(leaf.shape[0], -1).T
@@ -153,9 +162,10 @@ def cut_axis(param: Param, mixer: Mixer | None, per_expert: bool) -> int:
     """The axis of a leaf along which parts of it are experts, or rows, that follow each other in the Hugging Face tensors."""
     if per_expert:
         return 1
-    if _is_transposed(param.axes) and param.axes[-1] == 'embed':
+    transposed = _is_transposed(param.axes, param)
+    if transposed and param.axes[-1] == 'embed':
         return len(param.axes) - 1
-    first = 1 if _is_transposed(param.axes) else 0
+    first = 1 if transposed else 0
     # Ranks go round the blocks, so those of a part lie inside it; with routing groups they follow the blocks.
     return first + (param.axes[first].endswith('_blocks') and not is_routed(param, first, mixer))
 

@@ -1,23 +1,41 @@
 """Grouped matmul: every token through the experts it chose, dropless, with static shapes.
 
-Three forms with the same numbers. On TPU and GPU assignments are sorted by expert for `ragged_dot`. On CPU, where that computes
-every expert, each expert's rows are padded to whole blocks and one batched matmul runs over the blocks; where nothing asks for a
-gradient, a loop runs over just the blocks that hold rows, and decoding reads an expert's weights once for a token or two, not for
-sixty-four rows of padding.
+Four forms with the same numbers. On TPU and GPU assignments are sorted by expert, for a kernel (`grouped_kernel.py`) or for
+`ragged_dot`. On CPU, where that computes every expert, each expert's rows are padded to whole blocks and one batched matmul runs
+over the blocks; where nothing asks for a gradient, a loop runs over just the blocks that hold rows, and decoding reads an
+expert's weights once for a token or two, not for sixty-four rows of padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.kernels import by_platform
+
 BLOCK = 64
 
-Matmul = Callable[[jax.Array, jax.Array], jax.Array]
-ExpertNetwork = Callable[[jax.Array, Matmul], tuple[jax.Array, ...]]
+
+class Matmuls(NamedTuple):
+    """Each row by its own expert's weights, which are the corner that is used of the stored w [G, E, F, D].
+
+    Attributes:
+      into: (rows [R, d], w) -> [R, f].
+      out_of: (rows [R, f], w) -> [R, d].
+    """
+
+    into: Callable[[jax.Array, jax.Array], jax.Array]
+    out_of: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+ExpertNetwork = Callable[[jax.Array, Matmuls], tuple[jax.Array, ...]]
+# (rows, the corner cut out of a w, groups of a Plan) -> rows; into: whether the corner is transposed.
+Grouped = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
 
 
 class Plan(NamedTuple):
@@ -35,23 +53,45 @@ class Plan(NamedTuple):
 
 
 def apply_experts(
-    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: ExpertNetwork, differentiable: bool = True
+    x_NxD: jax.Array,
+    ids_NxK: jax.Array,
+    experts: int,
+    corner: Corner,
+    network: ExpertNetwork,
+    differentiable: bool = True,
+    kernels: str = 'xla',
 ) -> tuple[jax.Array, ...]:
     """`network` of each token's K experts: arrays [N, K, ...].
 
     Args:
       ids_NxK: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
-      network: maps (rows [R, D], matmul) to arrays [R, ...]; `matmul(rows, w)` multiplies each row by its expert's w [E, D, F].
-      differentiable: whether a gradient may be asked for, which the loop of the third form does not have.
+      corner: of the stored weights.
+      network: maps (rows [R, D], matmuls) to arrays [R, ...].
+      differentiable: whether a gradient may be asked for, which the loop of the fourth form does not have.
+      kernels: a Context's.
     """
-    by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), _block_matmul, network)
-    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), jax.lax.ragged_dot, network)
-    in_turn = lambda x, ids: _run_in_turn(x, ids, experts, network)
+    by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), corner, _block_matmul, network)
+    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, network)
+    in_turn = lambda x, ids: _run_in_turn(x, ids, experts, corner, network)
     on_cpu = by_blocks if differentiable else in_turn
-    return jax.lax.platform_dependent(x_NxD, ids_NxK, cpu=on_cpu, default=by_ragged)
+    plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, default=by_ragged)
+    by_kernel = partial(_run_by_kernel, experts=experts, corner=corner, network=network)
+    return by_platform(kernels, by_kernel, plain, x_NxD, ids_NxK)
 
 
-def _run_in_turn(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: ExpertNetwork) -> tuple[jax.Array, ...]:
+def _run_by_kernel(
+    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, interpret: bool
+) -> tuple[jax.Array, ...]:
+    plan = sorted_plan(ids_NxK, experts, ROWS)
+    grid = grid_of(plan.groups, plan.pair_of_row.shape[0])
+    into = lambda rows, w: into_experts(corner, interpret, rows, w, grid)
+    out_of = lambda rows, w: out_of_experts(corner, interpret, rows, w, grid)
+    return _collected(network(_dispatch(x_NxD, plan), Matmuls(into, out_of)), plan, ids_NxK)
+
+
+def _run_in_turn(
+    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork
+) -> tuple[jax.Array, ...]:
     """Block after block of rows sorted by expert, as many as there are; the last rows of an expert's last block are written over
     by the next expert's."""
     plan = sorted_plan(ids_NxK, experts)
@@ -62,7 +102,8 @@ def _run_in_turn(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: Ex
     rows_RxD = jnp.pad(_dispatch(x_NxD, plan), ((0, block), (0, 0)))
 
     def one(rows_BxD: jax.Array, expert: jax.Array) -> tuple[jax.Array, ...]:
-        return network(rows_BxD, lambda rows, w_ExDxF: rows @ jax.lax.dynamic_index_in_dim(w_ExDxF, expert, keepdims=False))
+        own = lambda w: jax.lax.dynamic_index_in_dim(corner.of(w), expert, keepdims=False)
+        return network(rows_BxD, Matmuls(lambda rows, w: rows @ own(w).T, lambda rows, w: rows @ own(w)))
 
     def turn(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = jnp.sum(last_block_E <= i)
@@ -75,7 +116,7 @@ def _run_in_turn(x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, network: Ex
     shapes = jax.eval_shape(one, rows_RxD[:block], jnp.int32(0))
     empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
     outputs = jax.lax.fori_loop(0, last_block_E[-1], turn, empty)
-    return tuple(_collect(out[:pairs], plan).reshape(*ids_NxK.shape, *out.shape[1:]) for out in outputs)
+    return _collected([out[:pairs] for out in outputs], plan, ids_NxK)
 
 
 def block_size(pairs: int, experts: int, largest: int = BLOCK) -> int:
@@ -87,20 +128,24 @@ def block_size(pairs: int, experts: int, largest: int = BLOCK) -> int:
 
 
 def _run(
-    x_NxD: jax.Array, ids_NxK: jax.Array, plan: Plan, matmul: Callable[..., jax.Array], network: ExpertNetwork
+    x_NxD: jax.Array, ids_NxK: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: ExpertNetwork
 ) -> tuple[jax.Array, ...]:
-    rows_RxD = _dispatch(x_NxD, plan)
-    outputs = network(rows_RxD, lambda rows, w: matmul(rows, w, plan.groups))
+    one_way = lambda into: lambda rows, w: matmul(rows, corner.of(w), plan.groups, into)
+    return _collected(network(_dispatch(x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_NxK)
+
+
+def _collected(outputs: Sequence[jax.Array], plan: Plan, ids_NxK: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_collect(out, plan).reshape(*ids_NxK.shape, *out.shape[1:]) for out in outputs)
 
 
-def sorted_plan(ids_NxK: jax.Array, experts: int) -> Plan:
-    """Pairs sorted by expert, without padding."""
+def sorted_plan(ids_NxK: jax.Array, experts: int, multiple: int = 1) -> Plan:
+    """Pairs sorted by expert, without padding but at the end, to a multiple of rows."""
     ids = ids_NxK.reshape(-1)
     pairs, sizes = ids.shape[0], _sizes(ids, experts)
     ordered = jnp.argsort(ids, stable=True)
     pair_of_row = jnp.where(jnp.arange(pairs) < sizes.sum(), ordered, pairs)
-    return Plan(jnp.where(ids < experts, jnp.argsort(ordered), pairs), pair_of_row, sizes)
+    pair_of_row = jnp.pad(pair_of_row, (0, -pairs % multiple), constant_values=pairs)
+    return Plan(jnp.where(ids < experts, jnp.argsort(ordered), pair_of_row.shape[0]), pair_of_row, sizes)
 
 
 def _sizes(ids: jax.Array, experts: int) -> jax.Array:
@@ -132,9 +177,13 @@ def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     return Plan(row_of_pair, pair_of_row, block_expert)
 
 
-def _block_matmul(rows_RxD: jax.Array, w_ExDxF: jax.Array, block_expert: jax.Array) -> jax.Array:
-    blocks = rows_RxD.reshape(block_expert.shape[0], -1, rows_RxD.shape[-1])
-    return jnp.einsum('nbd,ndf->nbf', blocks, w_ExDxF[block_expert]).reshape(rows_RxD.shape[0], -1)
+def _block_matmul(rows: jax.Array, w_ExFxD: jax.Array, block_expert: jax.Array, into: bool) -> jax.Array:
+    blocks = rows.reshape(block_expert.shape[0], -1, rows.shape[-1])
+    return jnp.einsum('nbd,nfd->nbf' if into else 'nbf,nfd->nbd', blocks, w_ExFxD[block_expert]).reshape(rows.shape[0], -1)
+
+
+def _ragged_matmul(rows: jax.Array, w_ExFxD: jax.Array, sizes_E: jax.Array, into: bool) -> jax.Array:
+    return jax.lax.ragged_dot(rows, jnp.swapaxes(w_ExFxD, 1, 2) if into else w_ExFxD, sizes_E)
 
 
 @jax.custom_vjp

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from elastic_jax.arch import MoE
 from elastic_jax.model.collectives import enter, gather_rows, leave, part_index, scatter_rows, total
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
-from elastic_jax.model.grouped import Matmul, apply_experts
+from elastic_jax.model.grouped import Matmuls, apply_experts
+from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.mlp import feed_forward
 
 
 def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: Context, cache: None, soft: Soft = HARD) -> Mixed:
-    """The MoE mixer. Experts are stored (G, E/G) and merged here.
+    """The MoE mixer. Experts are stored (G, E/G); their weights may be a parent's, of which the mixer's corner is used.
 
     Split over devices, each runs its own experts for every token: over mesh axes that also split the batch the tokens are
     gathered and the outputs reduce-scattered. With several choices a token goes to nearly every part anyhow, and nothing is
@@ -31,28 +32,29 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
     router_DxE = params['router'].reshape(embed, -1)
     ids_NxK, weights_NxK, scores_NxE = route(x_NxD, router_DxE, bias_E, mixer, share_E)
 
-    w = {name: merge(f'expert_{name}').astype(x_NxD.dtype) for name in ('up', 'gate', 'down') if f'expert_{name}' in params}
+    w = {name: params[f'expert_{name}'].astype(x_NxD.dtype) for name in ('up', 'gate', 'down') if f'expert_{name}' in params}
 
-    def network(rows_RxD: jax.Array, matmul: Matmul) -> tuple[jax.Array, ...]:
-        hidden = matmul(rows_RxD, w['up'])
+    def network(rows_RxD: jax.Array, matmuls: Matmuls) -> tuple[jax.Array, ...]:
+        hidden = matmuls.into(rows_RxD, w['up'])
         if mixer.activation == 'swiglu':
-            activation = jax.nn.silu(matmul(rows_RxD, w['gate'])) * hidden
+            activation = jax.nn.silu(matmuls.into(rows_RxD, w['gate'])) * hidden
         else:
             activation = jnp.square(jax.nn.relu(hidden))
-        out = matmul(activation, w['down'])
+        out = matmuls.out_of(activation, w['down'])
         return (out, activation) if context.taps else (out,)
 
     axes = context.shards.of('experts_blocks')
     row_axes = tuple(axis for axis in axes if axis in context.shards.data)
     unit_axes = tuple(axis for axis in axes if axis not in row_axes)
-    experts = w['up'].shape[0]
+    corner = Corner(params['router'].shape[2], mixer.expert_width, embed)
+    experts = w['up'].shape[0] * corner.experts
     own_NxK = ids_NxK
     if axes:
         own_NxK = gather_rows(ids_NxK, row_axes) - part_index(axes) * experts
         own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
     differentiable = context.length_B is None  # with a cache nothing is trained
-    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, network, differentiable)
+    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, corner, network, differentiable, context.kernels)
     shares_NxK = gather_rows(enter(weights_NxK, unit_axes), row_axes).astype(out_NxKxD.dtype)
     y_NxD = leave(scatter_rows(jnp.einsum('nkd,nk->nd', out_NxKxD, shares_NxK), row_axes), unit_axes)
     aux = _load(ids_NxK, scores_NxE, context)

@@ -30,6 +30,7 @@ class Param:
       mask: the axes whose mask multiplies it (the producing side).
       float32: kept so, whatever the dtype of the others.
       whole: every device computes with all of it, though it has an axis that others are split over.
+      in_place: its mixer may be given the parent's, of which it uses the leading corner: a step does not cut it out.
     """
 
     shape: tuple[Any, ...]
@@ -38,6 +39,7 @@ class Param:
     mask: tuple[str, ...] = ()
     float32: bool = False
     whole: bool = False
+    in_place: bool = False
 
 
 Table = dict[str, dict[str, Param]]
@@ -177,15 +179,18 @@ def _moe(mixer: MoE, embed: Any, layout: Layout, depth_scale: float) -> dict[str
         ('experts_blocks', layout.blocks('experts', mixer)),
         ('experts', inner_width(layout, 'experts', mixer, mixer.experts)),
     ]
+    # Into an expert and out of it the embedding is last: of widths that are no whole tiles (1856) a TPU would otherwise keep
+    # the transpose of one of them, and copy it in every pass.
+    into = lambda: _param([*e, f, d], _fan_in(1, skip=3), in_place=True)
     declared = {
         'router': _param([d, *e], _fan_in(1), float32=True, whole=True),
-        'expert_up': _param([*e, d, f], _fan_in(1, skip=2)),
-        'expert_down': _param([*e, f, d], _fan_in(1, depth_scale, skip=2), mask=('expert_width', 'embed')),
+        'expert_up': into(),
+        'expert_down': _param([*e, f, d], _fan_in(1, depth_scale, skip=2), mask=('expert_width', 'embed'), in_place=True),
     }
     if mixer.correction_bias:
         declared['correction_bias'] = _param(e, _zeros, float32=True, whole=True)
     if mixer.activation == 'swiglu':
-        declared['expert_gate'] = _param([*e, d, f], _fan_in(1, skip=2))
+        declared['expert_gate'] = into()
     if not isinstance(mixer.shared_width, int) or mixer.shared_width:
         width = inner_width(layout, 'shared_width', mixer, mixer.shared_width)
         s = [('shared_width_blocks', layout.blocks('shared_width', mixer)), ('shared_width', width)]
@@ -202,11 +207,9 @@ Declare = Callable[[Any, Any, Layout, float], dict[str, Param]]
 DECLARE: dict[type[Mixer], Declare] = {Attention: _attention, Mamba: _mamba, MLP: _mlp, MoE: _moe}
 
 
-def _param(
-    dims: list[tuple[str, Any]], init: Initializer, mask: tuple[str, ...] = (), float32: bool = False, whole: bool = False
-) -> Param:
+def _param(dims: list[tuple[str, Any]], init: Initializer, mask: tuple[str, ...] = (), **flags: bool) -> Param:
     names, sizes = zip(*dims, strict=True)
-    return Param(tuple(sizes), names, init, mask, float32, whole)
+    return Param(tuple(sizes), names, init, mask, **flags)
 
 
 def _stable_hash(text: str) -> int:

@@ -69,8 +69,9 @@ def lockstep(
 
     def cut(leaves: dict[str, jax.Array], group: str, n: int) -> dict[str, jax.Array]:
         declared = held[group]
+        corner = lambda name, leaf, param: slice_leaf(leaf, _local(declared[name], leaf), _local(param, leaf), f'{group}/{name}')
         return {
-            name: slice_leaf(leaves[name], _local(declared[name], leaves[name]), _local(param, leaves[name]), f'{group}/{name}')
+            name: leaves[name] if param.in_place else corner(name, leaves[name], param)
             for name, param in tables[n][group].items()
         }
 

@@ -90,10 +90,11 @@ def test_a_manifest_comes_back_and_its_budgets_keep_their_order(saved):
     [
         (lambda text: text.replace('"embed": 32', '"embed": 16'), 'edited or damaged'),
         (lambda text: text[: len(text) // 2], 'is not JSON'),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 9'), 'format version 9'),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 9'), 'format version 9.*update'),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), 'format version 1.*write it again'),
         (lambda text: None, 'has no manifest'),
     ],
-    ids=['edited', 'truncated', 'later', 'gone'],
+    ids=['edited', 'truncated', 'later', 'earlier', 'gone'],
 )
 def test_a_damaged_manifest_is_said(saved, tmp_path, damage, message):
     shutil.copytree(saved[0], tmp_path / 'copy')

@@ -169,12 +169,12 @@ def moe(layer, x, mixer):
     scores = sigmoid(logits) if mixer.scoring == 'sigmoid' else softmax(logits)
     bias = layer['correction_bias'].reshape(-1) if mixer.correction_bias else 0.0
     y, experts = np.zeros(x.shape), []
-    gate = lambda e: (merged['expert_gate'][e], 0.0) if mixer.activation == 'swiglu' else None
+    gate = lambda e: (merged['expert_gate'][e].T, 0.0) if mixer.activation == 'swiglu' else None
     for t in range(len(x)):
         chosen, weights = choose(scores[t], scores[t] + bias, mixer)
         experts.append(chosen)
         for e, weight in zip(chosen, weights, strict=True):
-            y[t] += weight * feed_forward(x[t], (merged['expert_up'][e], 0.0), gate(e), (merged['expert_down'][e], 0.0))
+            y[t] += weight * feed_forward(x[t], (merged['expert_up'][e].T, 0.0), gate(e), (merged['expert_down'][e], 0.0))
         if mixer.shared_width:
             up, down = layer['shared_up'].reshape(x.shape[1], -1), layer['shared_down'].reshape(-1, x.shape[1])
             shared_gate = (layer['shared_gate'].reshape(x.shape[1], -1), 0.0) if mixer.activation == 'swiglu' else None

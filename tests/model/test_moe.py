@@ -1,4 +1,4 @@
-"""The mixture of experts against a loop over tokens and experts; both grouped matmuls; experts that are dropped."""
+"""The mixture of experts against a loop over tokens and experts; all forms of grouped matmul; experts that are dropped."""
 
 import dataclasses
 import functools
@@ -14,6 +14,8 @@ from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.context import Context
+from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.kernels import KERNELS
 from elastic_jax.model.moe import moe, route
 from tests.model import oracle
 from tests.tiny import numpy_params
@@ -60,32 +62,36 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not():
     np.testing.assert_allclose(crowded, 4 * np.exp(5) / (np.exp(5) + 3), rtol=1e-5)
 
 
-def dense(x, ids, weights, w, activation):
+# Stored experts [G, E, F, D] = [2, 4, 6, 9], of which a budget uses the first three of each block, 5 wide and from 7 channels.
+STORED, CORNER, EXPERTS = (2, 4, 6, 9), Corner(experts=3, width=5, embed=7), 6
+
+
+def dense(x, ids, weights, stored, activation):
     """Every expert on every token, weighed: what grouped matmuls must give, differentiable, without any plan."""
-    per_expert = jnp.einsum('nd,edf->enf', x, w['up'])
+    w = {name: jnp.concatenate(list(w_GxExFxD[:, :3, :5, :7])) for name, w_GxExFxD in stored.items()}
+    per_expert = jnp.einsum('nd,efd->enf', x, w['up'])
     gated = (
-        jax.nn.silu(jnp.einsum('nd,edf->enf', x, w['gate'])) * per_expert
+        jax.nn.silu(jnp.einsum('nd,efd->enf', x, w['gate'])) * per_expert
         if activation == 'swiglu'
         else jax.nn.relu(per_expert) ** 2
     )
     out_ExNxD = jnp.einsum('enf,efd->end', gated, w['down'])
-    share_NxE = jnp.sum(jax.nn.one_hot(ids, len(w['up'])) * weights[..., None], axis=1)
+    share_NxE = jnp.sum(jax.nn.one_hot(ids, EXPERTS) * weights[..., None], axis=1)
     return jnp.einsum('end,ne->nd', out_ExNxD, share_NxE)
 
 
 def grouped_form(form, x, ids, weights, w, activation):
-    def network(rows, matmul):
-        hidden = matmul(rows, w['up'])
-        hidden = jax.nn.silu(matmul(rows, w['gate'])) * hidden if activation == 'swiglu' else jax.nn.relu(hidden) ** 2
-        return (matmul(hidden, w['down']),)
+    def network(rows, matmuls):
+        hidden = matmuls.into(rows, w['up'])
+        gate = lambda: jax.nn.silu(matmuls.into(rows, w['gate'])) * hidden
+        return (matmuls.out_of(gate() if activation == 'swiglu' else jax.nn.relu(hidden) ** 2, w['down']),)
 
-    experts = len(w['up'])
-    if form == 'chosen by platform':
-        (out,) = grouped.apply_experts(x, ids, experts, network)
+    if form in KERNELS:
+        (out,) = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=form)
     elif form == 'ragged':
-        (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, experts), jax.lax.ragged_dot, network)
+        (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, network)
     else:
-        (out,) = grouped._run(x, ids, grouped.block_plan(ids, experts, block=4), grouped._block_matmul, network)
+        (out,) = grouped._run(x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, network)
     return jnp.einsum('nkd,nk->nd', out, weights)
 
 
@@ -102,42 +108,67 @@ ROUTINGS = {
     'most-idle': lambda rng: np.where(np.arange(12)[:, None] < 10, [0, 1], [5, 1]),
     'whole-blocks': lambda rng: np.stack([np.repeat([0, 2, 4], 4), np.repeat([1, 3, 5], 4)], axis=1),
     'one-token': lambda rng: np.asarray([[4, 0]]),
+    'elsewhere': lambda rng: np.where(rng.uniform(size=(12, 2)) < 0.5, 6, rng.integers(0, 6, (12, 2))),
+    'many-rows': lambda rng: rng.choice(7, (200, 2), p=[0.02, 0, 0.5, 0.2, 0.08, 0, 0.2]),
 }
 
 
 @pytest.mark.parametrize('routing', ROUTINGS)
 @pytest.mark.parametrize(
-    ('form', 'activation'), [('blocks', 'swiglu'), ('ragged', 'swiglu'), ('chosen by platform', 'relu2')], ids=str
+    ('form', 'activation'),
+    [('blocks', 'swiglu'), ('ragged', 'swiglu'), ('auto', 'relu2'), ('pallas', 'swiglu'), ('pallas', 'relu2')],
+    ids=str,
 )
 def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation, routing):
+    """Also with experts without rows, with pairs whose expert is on another device, and with less than is stored used."""
     rng = np.random.default_rng(2)
     ids = ROUTINGS[routing](rng)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    inputs = (draw(len(ids), 7), draw(*ids.shape), {'up': draw(6, 7, 5), 'gate': draw(6, 7, 5), 'down': draw(6, 5, 7)})
+    inputs = (draw(len(ids), 7), draw(*ids.shape), {name: draw(*STORED) for name in ('up', 'gate', 'down')})
     weight = draw(len(ids), 7)
     found = value_and_gradients(form, activation)(inputs, ids, weight)
     expected = value_and_gradients('dense', activation)(inputs, ids, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), found, expected)
 
 
-in_turn_jit = jax.jit(grouped._run_in_turn, static_argnames=('experts', 'network'))
+@pytest.mark.parametrize(('width', 'embed'), [(200, 300), (264, 128), (256, 320)])
+def test_kernels_of_several_tiles_read_the_corner_alone(width, embed):
+    """Widths that no tile divides, of stored ones that none divides, by numpy in float64; what is not used is no number."""
+    rng = np.random.default_rng(4)
+    sizes, corner = np.asarray([70, 0, 130, 7], np.int32), Corner(2, width, embed)
+    w = np.full((2, 3, 264, 320), np.nan, np.float32)
+    w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
+    rows_d, rows_f = rng.normal(size=(256, embed)).astype(np.float32), rng.normal(size=(256, width)).astype(np.float32)
+    grid = grid_of(sizes, 256)
+    run = jax.jit(lambda rows, w, form: form(corner, True, rows, w, grid), static_argnames='form')
+    expert = np.repeat(np.arange(4), sizes)
+    own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
+    into = np.einsum('rd,rfd->rf', rows_d[: len(expert)], own)
+    np.testing.assert_allclose(run(rows_d, w, into_experts)[: len(expert)], into, atol=1e-4)
+    out = np.einsum('rf,rfd->rd', rows_f[: len(expert)], own)
+    np.testing.assert_allclose(run(rows_f, w, out_of_experts)[: len(expert)], out, atol=1e-4)
+
+
+in_turn_jit = jax.jit(grouped._run_in_turn, static_argnames=('experts', 'corner', 'network'))
 
 
 @pytest.mark.parametrize('tokens', [1, 2, 30])
 def test_where_nothing_is_trained_experts_run_in_turn(tokens):
     """Blocks of one, one and four rows; experts that are unused, and pairs (of id 6) whose expert is elsewhere."""
     rng = np.random.default_rng(tokens)
-    up = rng.normal(size=(6, 7, 5)).astype(np.float32)
-    network = lambda rows, matmul: (matmul(rows, jnp.asarray(up)), rows)
+    up, down = rng.normal(size=(2, *STORED)).astype(np.float32)
+    network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, jnp.asarray(up)), jnp.asarray(down)), rows)
+    own = [np.concatenate(list(w[:, :3, :5, :7])) for w in (up, down)]
     for _ in range(5):
         x, ids = (
             rng.normal(size=(tokens, 7)).astype(np.float32),
             rng.integers(0, 7, (tokens, 2)) * rng.integers(0, 2, (tokens, 2)),
         )
-        out, rows = in_turn_jit(x, ids, 6, network)
+        out, rows = in_turn_jit(x, ids, EXPERTS, CORNER, network)
         present = (ids < 6)[..., None]
-        expected = np.where(present, np.einsum('nd,nkdf->nkf', x, up[np.minimum(ids, 5)]), 0)
-        np.testing.assert_allclose(out, expected, atol=1e-5)
+        hidden = np.einsum('nd,nkfd->nkf', x, own[0][np.minimum(ids, 5)])
+        expected = np.where(present, np.einsum('nkf,nkfd->nkd', hidden, own[1][np.minimum(ids, 5)]), 0)
+        np.testing.assert_allclose(out, expected, atol=5e-5)
         np.testing.assert_allclose(rows, np.where(present, x[:, None], 0), atol=1e-6)
 
 

@@ -25,7 +25,7 @@ MAMBA_IN, SHARED = ('z', 'x', 'b', 'c', 'dt'), ('shared_up', 'shared_down')
 EXPECTED = {
     ('embed', 24): {
         'M': {**dict.fromkeys(MAMBA_IN, 0), 'out': 3, 'norm': 0},
-        'E': {'router': 0, 'expert_up': 2, 'expert_down': 3, 'shared_up': 0, 'shared_down': 2, 'norm': 0},
+        'E': {'router': 0, 'expert_up': 3, 'expert_down': 3, 'shared_up': 0, 'shared_down': 2, 'norm': 0},
         '*': {'q': 0, 'k': 0, 'v': 0, 'o': 4, 'norm': 0},
         '-': {'up': 0, 'down': 2, 'norm': 0},
     },
@@ -37,7 +37,7 @@ EXPECTED = {
     ('kv_heads', 2): {'*': {'q': 2, 'k': 2, 'v': 2, 'o': 1}},
     ('mlp', 16): {'-': {'up': 2, 'down': 1}},
     ('experts', 6): {'E': {'router': 2, 'correction_bias': 1, 'expert_up': 1, 'expert_down': 1}},
-    ('expert_width', 5): {'E': {'expert_up': 3, 'expert_down': 2}},
+    ('expert_width', 5): {'E': {'expert_up': 2, 'expert_down': 2}},
     ('shared_width', 8): {'E': {'shared_up': 2, 'shared_down': 1}},
 }
 

@@ -1,4 +1,4 @@
-"""Experts split over devices: nothing is dropped whatever the routing, in both forms of the grouped matmul, on one reference."""
+"""Experts split over devices: nothing is dropped whatever the routing, in every form of the grouped matmul, on one reference."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def layer_with(preference):
     return layer | {'correction_bias': preference.reshape(4, 2).astype(np.float32)}
 
 
-def on_mesh(mesh):
+def on_mesh(mesh, kernels='xla'):
     """The mixer as the training step runs it: manual over the mesh, weights stored as the rules say and whole along embed."""
     table = param_table(ARCH, LAYOUT)['layer_000']
     specs = {name: param_spec(param, mesh) for name, param in table.items()}
@@ -41,7 +41,7 @@ def on_mesh(mesh):
         fetched = {axis for axes, _ in fetch_axes(table[name], spec) for axis in axes}
         left = [tuple(axis for axis in spec_axes(spec, dim) if axis not in fetched) or None for dim in range(len(spec))]
         computed[name] = PartitionSpec(*left)
-    context = Context(None, shards=shards(ARCH, LAYOUT, mesh))
+    context = Context(None, shards=shards(ARCH, LAYOUT, mesh), kernels=kernels)
     rows = batch_spec(mesh)
 
     def run(layer, x):
@@ -51,9 +51,9 @@ def on_mesh(mesh):
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(computed, rows), out_specs=(rows, PartitionSpec()), check_vma=False))
 
 
-@pytest.fixture(params=['blocks', 'ragged'])
+@pytest.fixture(params=['blocks', 'ragged', 'kernel'])
 def form(request, monkeypatch):
-    """On this CPU the blocks are chosen; the ragged form is that of TPUs and GPUs."""
+    """On this CPU the blocks are chosen; the ragged form is that of GPUs, and the kernel, interpreted here, of TPUs."""
     if request.param == 'ragged':
         monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
     return request.param
@@ -62,7 +62,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize('sizes', [{'replica': 2, 'expert': 4}, {'expert': 2, 'tensor': 2, 'fsdp': 2}], ids=str)
 def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
     x = np.random.default_rng(1).normal(size=(8, 3, 8)).astype(np.float32)
-    run = on_mesh(make_mesh(sizes))
+    run = on_mesh(make_mesh(sizes), 'pallas' if form == 'kernel' else 'xla')
     for name, preference in ROUTINGS.items():
         layer = layer_with(preference)
         found, load = run(layer, x)
@@ -73,9 +73,19 @@ def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
             assert sorted(load) == pytest.approx([0] * 6 + [0.5] * 2)
 
 
-@pytest.mark.parametrize(('platform', 'ragged'), [('cpu', False), ('tpu', True), ('cuda', True)])
-def test_accelerators_get_the_ragged_matmul_and_cpus_the_blocks(platform, ragged):
-    x, ids, w = jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32), jnp.ones((4, 8, 8))
-    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, lambda rows, matmul: (matmul(rows, w),))
+@pytest.mark.parametrize(
+    ('platform', 'kernels', 'called'),
+    [
+        ('cpu', 'auto', None),
+        ('tpu', 'xla', 'ragged_dot'),
+        ('tpu', 'auto', 'tpu_custom_call'),
+        ('cuda', 'auto', 'ragged_dot'),
+        ('cuda', 'xla', 'ragged_dot'),
+    ],
+)
+def test_tpus_get_the_kernel_gpus_the_ragged_matmul_and_cpus_the_blocks(platform, kernels, called):
+    x, ids, w = jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32), jnp.ones((2, 2, 8, 8))
+    network = lambda rows, matmuls: (matmuls.into(rows, w),)
+    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, kernels=kernels)
     text = jax.jit(run).trace(x, ids, w).lower(lowering_platforms=(platform,)).as_text()
-    assert ('ragged_dot' in text) == ragged
+    assert [name for name in ('ragged_dot', 'tpu_custom_call') if name in text] == ([called] if called else [])

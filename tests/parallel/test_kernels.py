@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from elastic_jax.arch import MLP, Arch, Attention, Mamba
+from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE
 from elastic_jax.layout import Layout
 from elastic_jax.model import flash
 from elastic_jax.model.params import init_params
@@ -13,11 +13,17 @@ from elastic_jax.parallel.placement import Placement
 from elastic_jax.train.gradients import loss_and_gradients
 from elastic_jax.train.step import StepConfig, elastic_loss
 
-LAYOUT = Layout(kv_heads=2, mlp=2)
+LAYOUT = Layout(kv_heads=2, mlp=2, experts=4, shared_width=2)
 PARENT = Arch.from_pattern(
-    'M*-', vocab=32, embed=16, mamba=Mamba(4, 64, groups=2, state=128), attention=Attention(2, 2, 8), mlp=MLP(32)
+    'M*-E',
+    vocab=32,
+    embed=16,
+    mamba=Mamba(4, 64, groups=2, state=128),
+    attention=Attention(2, 2, 8),
+    mlp=MLP(32),
+    moe=MoE(8, 12, 2, shared_width=8),
 )
-BUDGETS = (('full', PARENT), ('small', PARENT.narrow(embed=8, mlp=16, query_heads=1, mamba_heads=2)))
+BUDGETS = (('full', PARENT), ('small', PARENT.narrow(embed=8, mlp=16, query_heads=1, mamba_heads=2, experts=4, expert_width=6)))
 
 
 @pytest.mark.slow
@@ -41,7 +47,7 @@ def test_loss_and_gradients_are_those_without_kernels(monkeypatch):
         step = jax.jit(loss_and_gradients(elastic_loss(PARENT, BUDGETS, (0.5, 0.5), config), PARENT, config))
         lowered = step.lower(learned, teacher, place.put_whole_batch(batch))
         names = lowered.as_text(debug_info=True)
-        assert ('ssd_forward' in names, 'splash' in names) == (kernels == 'pallas',) * 2
+        assert [name in names for name in ('ssd_forward', 'splash', 'experts_into')] == [kernels == 'pallas'] * 3
         found[kernels] = jax.device_get(lowered.compile()(learned, teacher, place.put_whole_batch(batch)))
     for plain, by_kernel in zip(*map(jax.tree.leaves, found.values()), strict=True):
         np.testing.assert_allclose(by_kernel, plain, atol=1e-5 * np.abs(plain).max() + 1e-12)

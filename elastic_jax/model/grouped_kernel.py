@@ -1,0 +1,223 @@
+"""The experts' matmuls on TPU: rows sorted by expert, each by its own expert's weights, read in place.
+
+An expert's weights lie as [F, D] in the parent's array [G, E, F, D], into the expert and out of it. A budget's are the leading
+corner [G, e, f, d] of that, and the kernels read only those tiles of it: cutting the corner out would copy, in every pass and for
+every budget, as many bytes as the matmuls read. The grid visits every block of rows once for each expert that has rows in it (as
+MegaBlocks does, arXiv 2211.15841), with one expert's weights on the chip until the next one's turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES, SUBLANES = 128, 16
+ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
+WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
+MEMORY = 48 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Corner:
+    """What a budget uses of the parent's experts [G, E, F, D]: in each block the first `experts`, of those [width, embed]."""
+
+    experts: int
+    width: int
+    embed: int
+
+    def of(self, w_GxExFxD: jax.Array) -> jax.Array:
+        """It cut out, the blocks merged: [G·e, f, d]."""
+        return w_GxExFxD[:, : self.experts, : self.width, : self.embed].reshape(-1, self.width, self.embed)
+
+    def place(self, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(block, place in it) of one of the experts of the corner."""
+        return jax.lax.div(expert, self.experts), jax.lax.rem(expert, self.experts)
+
+
+class Visits(NamedTuple):
+    """Block `block_V[v]` of rows meets expert `expert_V[v]`, whose rows are `start_E` up to `end_E`.
+
+    Blocks and experts never go back. An expert without rows has one visit, in which its gradient becomes zero.
+    """
+
+    expert_V: jax.Array
+    block_V: jax.Array
+    start_E: jax.Array
+    end_E: jax.Array
+
+
+class Grid(NamedTuple):
+    """The first `count` visits are made."""
+
+    count: jax.Array
+    visits: Visits
+
+
+def grid_of(sizes_E: jax.Array, rows: int) -> Grid:
+    """Of `rows` rows sorted by expert, of which each has `sizes_E`; any that are left over belong to nobody."""
+    end_E = jnp.cumsum(sizes_E)
+    start_E = end_E - sizes_E
+    first_E = jnp.minimum(start_E // ROWS, rows // ROWS - 1)
+    steps_E = jnp.where(sizes_E > 0, (end_E - 1) // ROWS - first_E + 1, 1)
+    last_E = jnp.cumsum(steps_E)
+    step_V = jnp.arange(rows // ROWS + sizes_E.shape[0])
+    expert_V = jnp.minimum(jnp.searchsorted(last_E, step_V, side='right', method='compare_all'), sizes_E.shape[0] - 1)
+    block_V = first_E[expert_V] + step_V - (last_E - steps_E)[expert_V]
+    return Grid(last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, block_V, start_E, end_E))))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def into_experts(corner: Corner, interpret: bool, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
+    """rows [R, d] by their experts' transposed weights: [R, f]. Rows that belong to nobody are undefined, in gradients too."""
+    return _product(corner, interpret, rows_RxD, w_GxExFxD, grid, into=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def out_of_experts(corner: Corner, interpret: bool, rows_RxF: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
+    """rows [R, f] by their experts' weights: [R, d]; as `into_experts` otherwise."""
+    return _product(corner, interpret, rows_RxF, w_GxExFxD, grid, into=False)
+
+
+def _into_forward(corner, interpret, rows, w, grid):
+    return into_experts(corner, interpret, rows, w, grid), (rows, w, grid)
+
+
+def _into_backward(corner, interpret, saved, grad_RxF):
+    rows_RxD, w, grid = saved
+    d_rows = _product(corner, interpret, grad_RxF, w, grid, into=False)
+    return d_rows, _weight_gradient(corner, interpret, grad_RxF, rows_RxD, w, grid), None
+
+
+def _out_forward(corner, interpret, rows, w, grid):
+    return out_of_experts(corner, interpret, rows, w, grid), (rows, w, grid)
+
+
+def _out_backward(corner, interpret, saved, grad_RxD):
+    rows_RxF, w, grid = saved
+    d_rows = _product(corner, interpret, grad_RxD, w, grid, into=True)
+    return d_rows, _weight_gradient(corner, interpret, rows_RxF, grad_RxD, w, grid), None
+
+
+into_experts.defvjp(_into_forward, _into_backward)
+out_of_experts.defvjp(_out_forward, _out_backward)
+
+
+def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: jax.Array, grid: Grid, into: bool) -> jax.Array:
+    rows, depth = rows_RxC.shape
+    stored_width, stored_embed = w_GxExFxD.shape[2:]
+    columns = corner.width if into else corner.embed
+    other = _whole(depth, stored_embed, LANES) if into else _whole(depth, stored_width, SUBLANES)
+    tile = _tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize)
+    if into:
+        shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)
+    else:
+        shape, place, over = (other, tile), lambda n: (0, n), (1, 0)
+    expert = lambda n, v, visits: (*corner.place(visits.expert_V[v]), *place(n))
+    call = pl.pallas_call(
+        partial(_product_kernel, depth=depth, over=over),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), rows_RxC.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(-(-columns // tile), grid.count),
+            in_specs=[
+                pl.BlockSpec((ROWS, depth), lambda n, v, visits: (visits.block_V[v], 0)),
+                pl.BlockSpec((None, None, *shape), expert),
+            ],
+            out_specs=pl.BlockSpec((ROWS, min(tile, columns)), lambda n, v, visits: (visits.block_V[v], n)),
+        ),
+        compiler_params=_ORDER,
+        interpret=interpret,
+        name='experts_into' if into else 'experts_out',
+    )
+    return call(grid.visits, rows_RxC, w_GxExFxD)
+
+
+def _product_kernel(visits: Visits, rows, w, out, *, depth: int, over: tuple[int, int]) -> None:
+    own_weights = w[:, :depth] if over[1] == 1 else w[:depth]
+    product = jax.lax.dot_general(
+        rows[...], own_weights, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32
+    )
+    product = product[:, : out.shape[1]].astype(out.dtype)
+    out[...] = jnp.where(_own(visits, product.shape), product, out[...])
+
+
+def _weight_gradient(
+    corner: Corner, interpret: bool, rows_RxF: jax.Array, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid
+) -> jax.Array:
+    """Of every expert the sum over its rows, [G, E, F, D]: zero but in the corner."""
+    groups, width, embed = w_GxExFxD.shape[0], corner.width, corner.embed
+    tile = _tile(embed, embed, 2 * width * 4)
+    expert = lambda n, v, visits: (*corner.place(visits.expert_V[v]), 0, n)
+    call = pl.pallas_call(
+        _weight_gradient_kernel,
+        out_shape=jax.ShapeDtypeStruct((groups, corner.experts, width, embed), w_GxExFxD.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(-(-embed // tile), grid.count),
+            in_specs=[
+                pl.BlockSpec((ROWS, width), lambda n, v, visits: (visits.block_V[v], 0)),
+                pl.BlockSpec((ROWS, tile), lambda n, v, visits: (visits.block_V[v], n)),
+            ],
+            out_specs=pl.BlockSpec((None, None, width, tile), expert),
+            scratch_shapes=[pltpu.VMEM((width, tile), jnp.float32)],
+        ),
+        compiler_params=_ORDER,
+        interpret=interpret,
+        name='experts_gradient',
+    )
+    corner_gradient = call(grid.visits, rows_RxF, rows_RxD)
+    return jnp.pad(corner_gradient, [(0, more - own) for more, own in zip(w_GxExFxD.shape, corner_gradient.shape, strict=True)])
+
+
+def _weight_gradient_kernel(visits: Visits, rows_f, rows_d, out, total) -> None:
+    v, last = pl.program_id(1), pl.num_programs(1) - 1
+    expert = visits.expert_V[v]
+    # Both sides: what belongs to nobody may be no number.
+    mine = lambda rows: jnp.where(_own(visits, rows.shape), rows[...], jnp.zeros(rows.shape, rows.dtype))
+    product = jax.lax.dot_general(mine(rows_f), mine(rows_d), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    first = (v == 0) | (visits.expert_V[jnp.maximum(v - 1, 0)] != expert)
+
+    @pl.when(first)
+    def _() -> None:
+        total[...] = product
+
+    @pl.when(~first)
+    def _() -> None:
+        total[...] += product
+
+    @pl.when((v == last) | (visits.expert_V[jnp.minimum(v + 1, last)] != expert))
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+# Columns may be shared between a chip's cores; visits follow each other.
+_ORDER = pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=MEMORY)
+
+
+def _own(visits: Visits, shape: tuple[int, ...]) -> jax.Array:
+    """Which rows of this step's block are its expert's."""
+    v = pl.program_id(1)
+    expert = visits.expert_V[v]
+    row = visits.block_V[v] * ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (row >= visits.start_E[expert]) & (row < visits.end_E[expert])
+
+
+def _whole(size: int, stored: int, tile: int) -> int:
+    """`size` in whole tiles, or all that is stored."""
+    return min(stored, -(-size // tile) * tile)
+
+
+def _tile(size: int, stored: int, bytes_of_one: int) -> int:
+    """Columns at a time: of `size`, in whole lanes, an even number of times, that two cores have as much to do."""
+    if size <= LANES:
+        return _whole(size, stored, LANES)
+    parts = 2
+    while (tile := -(-size // (parts * LANES)) * LANES) * bytes_of_one > WEIGHTS and tile > LANES:
+        parts += 2
+    return tile
