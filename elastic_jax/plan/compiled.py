@@ -54,24 +54,38 @@ def compile_program(fn: Any, args: Sequence[Any], parts: Mapping[str, Any], capa
     Raises: WorkError when the compiler fails for another reason than memory.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix='elastic-plan-') as folder:
-        lowered = fn.lower(*args)
-        memory = {name: device_bytes(tree) for name, tree in parts.items()}
-        try:
-            compiled = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
-        except jax.errors.JaxRuntimeError as error:
-            total = bytes_wanted(str(error), sum(memory.values()))
-            if total is None:
-                raise WorkError(f'the TPU compiler failed: {" ".join(str(error).split())[:400]}') from error
-            memory = _with_rest(memory, activations, total, total - sum(memory.values()))
-            return Compiled(memory, total, False, None, None, None, time.monotonic() - started)
-        seconds, text = time.monotonic() - started, _text(Path(folder))
+    lowered = fn.lower(*args)
+    memory = {name: device_bytes(tree) for name, tree in parts.items()}
+    try:
+        compiled, text = compile_with_text(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        total = bytes_wanted(str(error), sum(memory.values()))
+        if total is None:
+            raise WorkError(f'the TPU compiler failed: {" ".join(str(error).split())[:400]}') from error
+        memory = _with_rest(memory, activations, total, total - sum(memory.values()))
+        return Compiled(memory, total, False, None, None, None, time.monotonic() - started)
+    seconds = time.monotonic() - started
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = arguments + outputs + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     memory = _with_rest(memory, activations, total, stats.temp_size_in_bytes)
     cycles, flops, exchanged = estimated_cycles(text), matmul_flops(text), collectives(text)
     return Compiled(memory, total, total <= capacity, cycles, flops, exchanged, seconds)
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program and its text. Of large ones `as_text()` fails, but the compiler's own dump can be read.
+
+    Raises: JaxRuntimeError when it does not compile; WorkError when there is no dump.
+    """
+    with tempfile.TemporaryDirectory(prefix='elastic-plan-') as folder:
+        compiled = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+        dumps = sorted(Path(folder).glob('*after_codegen.txt'), key=lambda path: path.stat().st_size)
+        if not dumps:
+            raise WorkError(
+                'the TPU compiler wrote no text of its program; install the libtpu that belongs to this version of jax'
+            )
+        return compiled, dumps[-1].read_text()
 
 
 def device_bytes(tree: Any) -> int:
@@ -93,11 +107,3 @@ def bytes_wanted(message: str, arguments: int) -> int | None:
     if found is None:
         return None
     return int(float(found[1]) * _UNITS[found[2]]) + (0 if used else arguments)
-
-
-def _text(folder: Path) -> str:
-    """The optimised program as text. Of large ones `as_text()` fails, but the compiler's own dump can be read."""
-    dumps = sorted(folder.glob('*after_codegen.txt'), key=lambda path: path.stat().st_size)
-    if not dumps:
-        raise WorkError('the TPU compiler wrote no text of its program; install the libtpu that belongs to this version of jax')
-    return dumps[-1].read_text()

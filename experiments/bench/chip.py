@@ -4,11 +4,13 @@
   python experiments/bench/chip.py --topology v5p:8x8x4 --pieces ssd   one of them
 
 Forward and backward of one layer's piece at the published widths (30B: 32 query heads and 2 KV heads of 128; 64 or 56 Mamba
-heads of 64, 8 groups, state 128), one sequence, bfloat16. Nothing runs. XLA's own cycles are those it writes into the program
-(`estimated_cycles`); it has none for kernels. The compiler simulates those bundle by bundle, with the waits for matmuls and for
-memory: libtpu's static profile, in a process of its own for each kernel. It takes what data decides as not done, and so skips
-every block of splash attention: that kernel is profiled as it is, and once more with all blocks done at a smaller size, and the
-blocks on and below the diagonal are counted.
+heads of 64, 8 groups, state 128; 128 experts of 1856, six a token), one sequence, bfloat16. Nothing runs. XLA's own cycles are
+those it writes into the program (`estimated_cycles`); it has none for kernels. The compiler simulates those bundle by bundle,
+with the waits for matmuls and for memory: libtpu's static profile, in a process of its own for each kernel. It takes what data
+decides as not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all
+blocks done at a smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a
+few steps: the experts' kernels are profiled with as many visits as the routing can ask for. XLA's own grouped matmul is such a
+kernel too, and is in no column.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,15 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import SingleDeviceSharding
 
 from elastic_jax.hlo_cost import estimated_cycles
-from elastic_jax.model import flash
+from elastic_jax.model import flash, grouped
 from elastic_jax.model.attention import attend_causally
 from elastic_jax.model.flash import flash_attention
+from elastic_jax.model.grouped_kernel import ROWS, Corner, Grid, grid_of
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
 from elastic_jax.plan.chips import topology_devices
+from elastic_jax.plan.compiled import compile_with_text
 
 GIB = 2**30
 CORES = {'v4': 2, 'v5p': 2}  # of a chip that the compiler gives one program; others have one
@@ -82,11 +87,32 @@ def state_space(heads: int, length: int = 8192) -> Piece:
     return Piece(plain, ssd_by_kernel, args, (x[0], jnp.float32), 5, flops, size)
 
 
+def experts(length: int = 8192) -> Piece:
+    count, top_k, width, embed = 128, 6, 1856, 2688
+    pairs, corner = length * top_k, Corner(count // 64, width, embed)
+    weights = ((64, count // 64, width, embed), jnp.bfloat16)
+
+    def form(kernels: str, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
+        network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
+        return grouped.apply_experts(x, ids, count, corner, network, kernels=kernels)[0]
+
+    args = (((length, embed), jnp.bfloat16), weights, weights, ((length, top_k), jnp.int32))
+    size = 2 * (3 * 2 * count * width * embed + pairs * (6 * embed + 6 * width))
+    out = ((length, top_k, embed), jnp.bfloat16)
+    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * width * embed, size)
+
+
+def with_all_visits(sizes_E: jax.Array, rows: int) -> Grid:
+    """The grid of the experts' kernels with all the visits that may be needed, if every expert has rows."""
+    return grid_of(sizes_E, rows)._replace(count=rows // ROWS + sizes_E.shape[0] - 1)
+
+
 PIECES = {
     'attention 8192': attention(8192),
     'attention 49152': attention(49152),
     'ssd 64 heads 8192': state_space(64),
     'ssd 56 heads 8192': state_space(56),
+    'experts 8192': experts(),
 }
 
 
@@ -123,10 +149,13 @@ def program(name: str, form: str) -> tuple[Callable[..., Any], Sequence[tuple[tu
     return both_ways(piece.plain if form == 'xla' else piece.kernel, piece), [piece.out, *piece.args]
 
 
-def compiled(topology: str, name: str, form: str) -> Any:
+def compiled(topology: str, name: str, form: str) -> tuple[float, str]:
+    """(GiB of temporary memory, the program as text)."""
     whole = SingleDeviceSharding(topology_devices(topology).devices[0])
     run, args = program(name, form)
-    return jax.jit(run).lower(*(jax.ShapeDtypeStruct(*arg, sharding=whole) for arg in args)).compile()
+    lowered = jax.jit(run).lower(*(jax.ShapeDtypeStruct(*arg, sharding=whole) for arg in args))
+    one, text = compile_with_text(lowered)
+    return one.memory_analysis().temp_size_in_bytes / GIB, text
 
 
 def kernels_of(text: str) -> list[str]:
@@ -160,18 +189,17 @@ def report(topology: str, names: Sequence[str]) -> None:
     print('|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|')
     of_blocks = None
     for name in names:
-        piece, plain, by_kernel = PIECES[name], compiled(topology, name, 'xla'), compiled(topology, name, 'kernel')
-        text, ideal = by_kernel.as_text(), piece.flops / speed
+        piece, (plain_gib, plain), (gib, text) = PIECES[name], compiled(topology, name, 'xla'), compiled(topology, name, 'kernel')
+        ideal = piece.flops / speed
         if piece.blocks is None:
             cycles = sum(simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(text))
         else:
             of_blocks = of_blocks or block_cycles(topology, cores)
             cycles = math.fsum(each * count for each, count in zip(of_blocks, piece.blocks(cores), strict=True))
-        temp = [one.memory_analysis().temp_size_in_bytes / GIB for one in (plain, by_kernel)]
         print(
             f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {ideal / 1e6:.2f} | '
-            f'{estimated_cycles(plain.as_text()) / 1e6:.2f} | {temp[0]:.2f} | {cycles / 1e6:.2f} | '
-            f'{estimated_cycles(text) / 1e6:.2f} | {temp[1]:.2f} | {cycles / ideal:.2f} |',
+            f'{estimated_cycles(plain) / 1e6:.2f} | {plain_gib:.2f} | {cycles / 1e6:.2f} | '
+            f'{estimated_cycles(text) / 1e6:.2f} | {gib:.2f} | {cycles / ideal:.2f} |',
             flush=True,
         )
 
@@ -179,17 +207,16 @@ def report(topology: str, names: Sequence[str]) -> None:
 def block_cycles(topology: str, cores: int) -> tuple[float, float]:
     """(cycles of a block of attention in all kernels, of one that is skipped); of the largest size of block."""
     steps = 2 * HEADS * (SMALL / flash.block_size(SMALL)) ** 2 / cores
-    every = compiled(topology, '', 'every block').as_text()
+    every = compiled(topology, '', 'every block')[1]
     run = sum(simulated(topology, '', 'every block', kernel) for kernel in kernels_of(every)) / steps
     piece = PIECES['attention 8192']
     name, steps = 'attention 8192', sum(piece.blocks(cores))
-    skipped = sum(
-        simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(compiled(topology, name, 'kernel').as_text())
-    )
+    skipped = sum(simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(compiled(topology, name, 'kernel')[1]))
     return run, skipped / steps
 
 
 def main() -> None:
+    grouped.grid_of = with_all_visits
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--topology', default='v5p:8x8x4,v6e:16x16', help='one or several, with commas')
     parser.add_argument('--pieces', default='', help='only pieces whose name begins so')
