@@ -9,8 +9,8 @@ those it writes into the program (`estimated_cycles`); it has none for kernels. 
 with the waits for matmuls and for memory: libtpu's static profile, in a process of its own for each kernel. It takes what data
 decides as not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all
 blocks done at a smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a
-few steps: the experts' kernels are profiled with as many visits as the routing can ask for. XLA's own grouped matmul is such a
-kernel too, and is in no column.
+few steps: the experts' kernels are profiled for an eighth of experts and tokens, with as many visits as routing can ask for.
+XLA's own grouped matmul is such a kernel too, and is in no column.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import SingleDeviceSharding
 
 from elastic_jax.hlo_cost import estimated_cycles
-from elastic_jax.model import flash, grouped
+from elastic_jax.model import flash, grouped, grouped_kernel
 from elastic_jax.model.attention import attend_causally
 from elastic_jax.model.flash import flash_attention
-from elastic_jax.model.grouped_kernel import ROWS, Corner, Grid, grid_of
+from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
@@ -47,6 +47,7 @@ from elastic_jax.plan.compiled import compile_with_text
 GIB = 2**30
 CORES = {'v4': 2, 'v5p': 2}  # of a chip that the compiler gives one program; others have one
 SMALL, HEADS = 4096, 2  # tokens and query heads of a KV head that blocks of attention are profiled at
+PARTS = 8  # of the experts, of which one is profiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,24 +88,21 @@ def state_space(heads: int, length: int = 8192) -> Piece:
     return Piece(plain, ssd_by_kernel, args, (x[0], jnp.float32), 5, flops, size)
 
 
+EXPERTS, PER_BLOCK, TOP_K, WIDTH, EMBED = 128, 2, 6, 1856, 2688
+CORNER = Corner(PER_BLOCK, WIDTH, EMBED)
+
+
 def experts(length: int = 8192) -> Piece:
-    count, top_k, width, embed = 128, 6, 1856, 2688
-    pairs, corner = length * top_k, Corner(count // 64, width, embed)
-    weights = ((64, count // 64, width, embed), jnp.bfloat16)
+    pairs, weights = length * TOP_K, ((EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED), jnp.bfloat16)
 
     def form(kernels: str, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
         network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
-        return grouped.apply_experts(x, ids, count, corner, network, kernels=kernels)[0]
+        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=kernels)[0]
 
-    args = (((length, embed), jnp.bfloat16), weights, weights, ((length, top_k), jnp.int32))
-    size = 2 * (3 * 2 * count * width * embed + pairs * (6 * embed + 6 * width))
-    out = ((length, top_k, embed), jnp.bfloat16)
-    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * width * embed, size)
-
-
-def with_all_visits(sizes_E: jax.Array, rows: int) -> Grid:
-    """The grid of the experts' kernels with all the visits that may be needed, if every expert has rows."""
-    return grid_of(sizes_E, rows)._replace(count=rows // ROWS + sizes_E.shape[0] - 1)
+    args = (((length, EMBED), jnp.bfloat16), weights, weights, ((length, TOP_K), jnp.int32))
+    size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))
+    out = ((length, TOP_K, EMBED), jnp.bfloat16)
+    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
 
 
 PIECES = {
@@ -142,9 +140,32 @@ def every_block(length: int) -> tuple[Callable[..., Any], list[tuple[tuple[int, 
     return run, [q, q, k, k, ((length,), jnp.int32)]
 
 
+def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """The three kernels of the experts, each once, for a part of experts and tokens, with all visits made."""
+    count, rows = EXPERTS // PARTS, 8192 * TOP_K // PARTS
+
+    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+        grid = grid_of(sizes, rows)._replace(count=rows // ROWS + count - 1)
+        into = grouped_kernel._product(CORNER, False, rows_d, w, grid, into=True)
+        out = grouped_kernel._product(CORNER, False, rows_f, w, grid, into=False)
+        return into, out, grouped_kernel._weight_gradient(CORNER, False, rows_f, rows_d, w, grid)
+
+    weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
+    shapes = [(rows, EMBED), (rows, WIDTH), weights]
+    return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
+
+
+def expert_cycles(topology: str) -> int:
+    """Cycles of all of the experts' kernels: each is run twice, once for either matrix."""
+    kernels = kernels_of(compiled(topology, '', 'every visit')[1])
+    return 2 * PARTS * sum(simulated(topology, '', 'every visit', kernel) for kernel in kernels)
+
+
 def program(name: str, form: str) -> tuple[Callable[..., Any], Sequence[tuple[tuple[int, ...], Any]]]:
     if form == 'every block':
         return every_block(SMALL)
+    if form == 'every visit':
+        return every_visit()
     piece = PIECES[name]
     return both_ways(piece.plain if form == 'xla' else piece.kernel, piece), [piece.out, *piece.args]
 
@@ -191,7 +212,9 @@ def report(topology: str, names: Sequence[str]) -> None:
     for name in names:
         piece, (plain_gib, plain), (gib, text) = PIECES[name], compiled(topology, name, 'xla'), compiled(topology, name, 'kernel')
         ideal = piece.flops / speed
-        if piece.blocks is None:
+        if name.startswith('experts'):
+            cycles = expert_cycles(topology)
+        elif piece.blocks is None:
             cycles = sum(simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(text))
         else:
             of_blocks = of_blocks or block_cycles(topology, cores)
@@ -216,7 +239,6 @@ def block_cycles(topology: str, cores: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    grouped.grid_of = with_all_visits
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--topology', default='v5p:8x8x4,v6e:16x16', help='one or several, with commas')
     parser.add_argument('--pieces', default='', help='only pieces whose name begins so')
