@@ -13,6 +13,7 @@ from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.flash import fits_flash, flash_attention
 from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.linear import linear
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
 
@@ -21,18 +22,19 @@ LONGEST, ROWS = 2048, 512
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one block, [B, K, S, H]; slot s holds token s of its row.
+    """Keys [B, K, H, S] and values [B, K, S, H] of one block; slot s holds token s of its row.
 
-    Slots stand next to the head dimension, as the matmuls of a decoding step want them: else every step would copy the cache.
+    Both stand as a decoding step's matmuls want them, what is summed over first: else every step would transpose them.
     """
 
-    k_BxKxSxH: jax.Array
+    k_BxKxHxS: jax.Array
     v_BxKxSxH: jax.Array
 
 
 def init_kv_cache(mixer: Attention, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    shape = (batch, mixer.kv_heads, slots, mixer.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    heads = (batch, mixer.kv_heads)
+    keys, values = (*heads, mixer.head_dim, slots), (*heads, slots, mixer.head_dim)
+    return KVCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
 
 
 def attention(
@@ -63,15 +65,16 @@ def attention(
         heads_BxTxKxQxH = by_platform(kernels, flash_attention, attend_causally, *inputs)
     else:
         cache = KVCache(
-            _write(cache.k_BxKxSxH, k_BxTxKxH, context.length_B), _write(cache.v_BxKxSxH, v_BxTxKxH, context.length_B)
+            _write(cache.k_BxKxHxS, jnp.moveaxis(k_BxTxKxH, 1, 3), context.length_B, 1),
+            _write(cache.v_BxKxSxH, jnp.moveaxis(v_BxTxKxH, 1, 2), context.length_B, 0),
         )
-        keys, values = cache.k_BxKxSxH.astype(x_BxTxD.dtype), cache.v_BxKxSxH.astype(x_BxTxD.dtype)
+        keys, values = cache.k_BxKxHxS.astype(x_BxTxD.dtype), cache.v_BxKxSxH.astype(x_BxTxD.dtype)
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
-        allowed_BxTxS = jnp.arange(keys.shape[2])[None, None] <= last_BxT[..., None]
+        allowed_BxTxS = jnp.arange(values.shape[2])[None, None] <= last_BxT[..., None]
         heads_BxTxKxQxH = _attend_cached(q_BxTxKxQxH, keys, values, allowed_BxTxS)
     # Flat, so that not even XLA on CPU transposes the kernel.
-    o_NxD = params['o'].reshape(-1, params['o'].shape[-1]).astype(x_BxTxD.dtype)
-    y_BxTxD = leave(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1) @ o_NxD, axes)
+    o_NxD = params['o'].reshape(-1, params['o'].shape[-1])
+    y_BxTxD = leave(linear(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), o_NxD), axes)
     if mixer.output_bias:
         y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})
@@ -80,7 +83,7 @@ def attention(
 def _project(x_BxTxD: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """x @ kernel [D, G, K/G, ...], with the two dimensions of the KV heads merged."""
     kernel = kernel.reshape(kernel.shape[0], -1, *kernel.shape[3:])
-    y = jnp.tensordot(x_BxTxD, kernel.astype(x_BxTxD.dtype), axes=1)
+    y = linear(x_BxTxD, kernel)
     return y if bias is None else y + lead(bias.reshape(kernel.shape[1:]), y).astype(y.dtype)
 
 
@@ -133,11 +136,11 @@ def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, 
     return jnp.einsum('bkqts,bskh->btkqh', weights_BxKxQxTxS, v_BxSxKxH)
 
 
-def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxSxH: jax.Array, v_BxKxSxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
+def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
     """`_attend` where the keys and values are a cache's: the queries of a KV head are rows of one matmul."""
     batch, length, heads, group, dim = q_BxTxKxQxH.shape
     q_BxKxNxH = jnp.moveaxis(q_BxTxKxQxH, 1, 2).reshape(batch, heads, length * group, dim) / math.sqrt(dim)
-    scores_BxKxNxS = jnp.einsum('bknh,bksh->bkns', q_BxKxNxH, k_BxKxSxH, preferred_element_type=jnp.float32)
+    scores_BxKxNxS = jnp.einsum('bknh,bkhs->bkns', q_BxKxNxH, k_BxKxHxS, preferred_element_type=jnp.float32)
     allowed_Bx1xNxS = jnp.repeat(allowed_BxTxS, group, axis=1)[:, None]
     weights_BxKxNxS = _weights(scores_BxKxNxS, allowed_Bx1xNxS).astype(v_BxKxSxH.dtype)
     heads_BxKxNxH = jnp.einsum('bkns,bksh->bknh', weights_BxKxNxS, v_BxKxSxH)
@@ -149,11 +152,14 @@ def _weights(scores: jax.Array, allowed: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
 
 
-def _write(cache_BxKxSxH: jax.Array, new_BxTxKxH: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Writes each row's new entries at its own position."""
-    update = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0))
-    new_BxKxTxH = jnp.moveaxis(new_BxTxKxH, 1, 2).astype(cache_BxKxSxH.dtype)
-    return jax.vmap(update)(cache_BxKxSxH, new_BxKxTxH, start_B)
+def _write(cache_BxKxYxZ: jax.Array, new_BxKxYxZ: jax.Array, start_B: jax.Array, axis: int) -> jax.Array:
+    """Writes each row's new entries at its own position along `axis` of a head.
+
+    By rows and heads, as a scatter of several updates: for a single one XLA on CPU copies the whole cache, four times.
+    """
+    update = lambda head, new, start: jax.lax.dynamic_update_slice_in_dim(head, new, start, axis)
+    start_BxK = jnp.broadcast_to(start_B[:, None], cache_BxKxYxZ.shape[:2])
+    return jax.vmap(jax.vmap(update))(cache_BxKxYxZ, new_BxKxYxZ.astype(cache_BxKxYxZ.dtype), start_BxK)
 
 
 def rotary_angles(positions_BxT: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:

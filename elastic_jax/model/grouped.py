@@ -120,8 +120,8 @@ def _run_in_turn(
 
 
 def block_size(pairs: int, experts: int, largest: int = BLOCK) -> int:
-    """Rows of a block: one for a single token, whose matmuls are of a vector; else about half an expert's even share."""
-    size = 1 if pairs < 8 else 4
+    """Rows of a block: one where an expert has few, as a vector's matmul packs nothing; else half an expert's even share."""
+    size = 1 if pairs <= 2 * experts else 4
     while size < largest and 4 * size * experts <= pairs:
         size *= 2
     return size

@@ -12,6 +12,7 @@ from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.linear import linear
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
 from elastic_jax.model.ssd_blocks import fits_ssd_kernel
@@ -65,7 +66,7 @@ def mamba(
     """The Mamba-2 mixer (arXiv 2405.21060). G groups share B and C; each has M heads of P channels and a state of N."""
     axes = context.shards.of('mamba_groups')
     x_BxTxD = enter(x_BxTxD, axes)
-    project = lambda name: jnp.tensordot(x_BxTxD, params[name].astype(x_BxTxD.dtype), axes=1)
+    project = lambda name: linear(x_BxTxD, params[name])
     inputs = {name: project(name) for name in ('x', 'b', 'c')}
     convolved = {}
     for name, u in inputs.items():
@@ -90,7 +91,7 @@ def mamba(
     gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
     gated_ratio = enter(soft.gated_ratio, axes)
     normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, gated_ratio, axes=(-2, -1))
-    y_BxTxD = leave(jnp.tensordot(normed.astype(x_BxTxD.dtype), params['out'].astype(x_BxTxD.dtype), axes=3), axes)
+    y_BxTxD = leave(linear(normed.astype(x_BxTxD.dtype), params['out'], inputs=3), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
 
 

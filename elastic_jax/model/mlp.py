@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from elastic_jax.arch import MLP
 from elastic_jax.model.collectives import Axes, enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.linear import linear
 from elastic_jax.model.shapes import lead
 
 
@@ -32,12 +33,12 @@ def feed_forward(
         activation = jnp.square(jax.nn.relu(hidden))
     else:
         activation = jax.nn.silu(_affine(x, gate.reshape(gate.shape[0], -1), gate_bias)) * hidden
-    y = leave(activation @ down.reshape(-1, down.shape[-1]).astype(activation.dtype), axes)
+    y = leave(linear(activation, down.reshape(-1, down.shape[-1])), axes)
     return _add(y, down_bias), activation
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return _add(x @ kernel.astype(x.dtype), bias)
+    return _add(linear(x, kernel), bias)
 
 
 def _add(y: jax.Array, bias: jax.Array | None) -> jax.Array:

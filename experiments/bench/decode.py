@@ -1,10 +1,11 @@
 """Prefill and decoding against transformers on the same weights, against the memory's bandwidth, and of the smaller sizes.
 
-  python experiments/bench/decode.py                about ten minutes on two cores; --models dense_22m,moe_30m for a part
+  python experiments/bench/decode.py                five minutes on two cores; --models dense_22m,moe_30m for a part
 
 Claims: at least 1.5 x transformers' prefill; decoding at least 3 x up to 30 M parameters and 1.7 x for a dense model of 80-100 M;
 at batch 1 at least 60 % of the bandwidth that a copy has in the same run. Random float32 weights are exported once and read by
 both sides, which run in turn on the same threads; medians. Bytes moved by a step: active weights and the cache it reads, once.
+Prefill has a limit as well, the speed of a large matmul: what share of it either side has.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import transformers
 
 from elastic_jax.arch import MLP, Arch, Attention, Mamba, MoE, Rope
-from elastic_jax.cost import active_parameters, kv_bytes, parameters, ssm_bytes
+from elastic_jax.cost import active_parameters, flops_per_token, kv_bytes, parameters, ssm_bytes
 from elastic_jax.hf.export import export_folder
 from elastic_jax.infer.decoding import Decoding, requests_of
 from elastic_jax.infer.resident import Resident, Weights
@@ -102,14 +103,31 @@ def theirs(model: Any, prompts: np.ndarray) -> tuple[float, float]:
 
 
 def bandwidth(copied: int = 2**28) -> float:
-    """Bytes per second that a copy reads and writes, on the threads of both sides."""
-    source, target = torch.ones(copied // 4), torch.empty(copied // 4)
+    """Bytes per second that a copy reads and writes, on the threads of both sides; where memory lies decides as well."""
     seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - begun)
+    for _ in range(4):
+        source, target = torch.ones(copied // 4), torch.empty(copied // 4)
+        for _ in range(5):
+            begun = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - begun)
     return 2 * copied / min(seconds)
+
+
+def matmul_speed(size: int = 2048) -> float:
+    """FLOPs per second of a large matmul, on the threads of both sides."""
+    x = torch.ones(size, size)
+    seconds = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        torch.matmul(x, x)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def prefill_flops(arch: Arch, rows: int) -> float:
+    """What the mathematics of a prompt needs: only its last token is unembedded."""
+    return float(rows * (PROMPT * (flops_per_token(arch, PROMPT) - 2 * arch.vocab * arch.embed) + 2 * arch.vocab * arch.embed))
 
 
 def bytes_moved(arch: Arch, rows: int) -> float:
@@ -158,11 +176,14 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         ours_of = lambda own, prompts: ours(resident.weights(own), prompts)
         runs = {budget: partial(ours_of, own, prompts) for budget, own in sizes.items()}
         found = in_turn({'transformers': partial(theirs, model, prompts), **runs})
-        limit = bandwidth()
+        limit, peak = bandwidth(), matmul_speed()
         (peer_prefill, peer_step), (prefill, step) = found['transformers'], found['full']
         result[f'batch_{rows}'] = {
             'prefill_tokens_per_s': rows * PROMPT / prefill,
             'prefill_times_transformers': peer_prefill / prefill,
+            'matmul_gflops': peak / 1e9,
+            'prefill_share_of_matmul': prefill_flops(arch, rows) / prefill / peak,
+            'transformers_share_of_matmul': prefill_flops(arch, rows) / peer_prefill / peak,
             'decode_tokens_per_s': rows / step,
             'decode_times_transformers': peer_step / step,
             'copy_gb_per_s': limit / 1e9,

@@ -1,13 +1,14 @@
 """Generation against full forward passes: every budget, any prompt length, any batch."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from elastic_jax.errors import UserError
 from elastic_jax.infer import decoding
-from elastic_jax.infer.decoding import Decoding, chunk_sizes, requests_of
+from elastic_jax.infer.decoding import Decoding, advance, chunk_sizes, empty_state, requests_of
 from elastic_jax.infer.generate import generate, stream
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.speculative import generate_speculative
@@ -159,3 +160,12 @@ def test_other_requests_compile_nothing_new():
 def test_mistakes_are_one_sentence(arguments, message):
     with pytest.raises(UserError, match=message):
         generate(WEIGHTS, LETTERS, *arguments)
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_a_decoding_step_copies_no_keys_and_no_values(rows):
+    weights = random_weights(FAMILIES['dense'])
+    state = empty_state(weights, requests_of([Sampling()] * rows, [0] * rows), 96, [1] * rows)
+    text = advance.lower(weights, state, np.int32(16)).compile().as_text()
+    copies = re.findall(rf' = f32\[{rows},\d+,(?:\d+,96|96,\d+)\]\S* copy\(', text)
+    assert not copies, f'{len(copies)} copies'

@@ -55,7 +55,7 @@ def test_caches_may_be_kept_in_low_precision():
     cache = init_cache(HYBRID, 2, 32, jnp.bfloat16)
     for start in (0, 10):
         logits, cache = run(params, tokens[:, start : start + 10], cache, jnp.asarray([10, 10]), HYBRID)
-    assert cache.blocks['layer_002'].k_BxKxSxH.dtype == cache.blocks['layer_000'].x.dtype == jnp.bfloat16
+    assert cache.blocks['layer_002'].k_BxKxHxS.dtype == cache.blocks['layer_000'].x.dtype == jnp.bfloat16
     assert cache.blocks['layer_000'].state_BxGxMxPxN.dtype == jnp.float32
     full = np.asarray(jax.jit(Decoder(HYBRID).apply)({'params': params}, tokens))[:, 10:]
     assert 0 < np.median(np.abs(logits - full)) < 0.01 * np.abs(full).max()
