@@ -155,11 +155,19 @@ def _weights(scores: jax.Array, allowed: jax.Array) -> jax.Array:
 def _write(cache_BxKxYxZ: jax.Array, new_BxKxYxZ: jax.Array, start_B: jax.Array, axis: int) -> jax.Array:
     """Writes each row's new entries at its own position along `axis` of a head.
 
-    By rows and heads, as a scatter of several updates: for a single one XLA on CPU copies the whole cache, four times.
+    By rows on a TPU, where it stays in place. On CPU by rows and heads: it is then a scatter even for a single row, whose one
+    update XLA would make part of two fusions, and pay with four copies of the cache in every step.
     """
     update = lambda head, new, start: jax.lax.dynamic_update_slice_in_dim(head, new, start, axis)
-    start_BxK = jnp.broadcast_to(start_B[:, None], cache_BxKxYxZ.shape[:2])
-    return jax.vmap(jax.vmap(update))(cache_BxKxYxZ, new_BxKxYxZ.astype(cache_BxKxYxZ.dtype), start_BxK)
+
+    def by_row(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(update, (0, 0, None)))(cache, new, start_B)
+
+    def by_head(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(update))(cache, new, jnp.broadcast_to(start_B[:, None], cache.shape[:2]))
+
+    new_BxKxYxZ = new_BxKxYxZ.astype(cache_BxKxYxZ.dtype)
+    return jax.lax.platform_dependent(cache_BxKxYxZ, new_BxKxYxZ, start_B, cpu=by_head, default=by_row)
 
 
 def rotary_angles(positions_BxT: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
