@@ -1,19 +1,23 @@
 """Losses with the unembedding fused in: no [tokens, vocabulary] array is ever alive for more than one chunk of the sequence.
 
 Gradients are made in the forward pass, chunk by chunk, while the logits are at hand (as fused cross-entropy kernels do), so the
-backward pass neither stores nor recomputes logits, and the teacher's logits are made once for all budgets.
+backward pass neither stores nor recomputes logits, and the teacher's logits are made once for all budgets. On TPU kernels
+(`kl_kernel.py`) read logits and teacher's logits once for divergence and gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from elastic_jax.model.collectives import Axes, part_index, total
+from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.kl_kernel import fits_kl_kernel, kl_and_gradient_by_kernel, top_and_sum_by_kernel
 
 Hiddens = tuple[jax.Array, ...]
 
@@ -25,6 +29,7 @@ def kl_losses(
     count: jax.Array | float,
     chunk: int = 512,
     axes: Axes = (),
+    kernels: str = 'xla',
 ) -> jax.Array:
     """Forward KL(teacher ‖ student) in nats per token, for each student: [N].
 
@@ -32,11 +37,11 @@ def kl_losses(
       students: (hidden states [B, T, D'], unembedding [D', V]) of each budget; D' may differ.
       teacher: the same of the teacher; no gradient flows to it.
       mask_BxT: weight of each token. count: what the weighted sum is divided by.
-      axes: the mesh axes that split the vocabulary.
+      axes: the mesh axes that split the vocabulary. kernels: a Context's.
     """
-    hiddens, kernels = zip(*students, strict=True)
+    hiddens, tables = zip(*students, strict=True)
     teacher = jax.lax.stop_gradient(teacher)
-    return _fused_losses('kl', chunk, axes, tuple(hiddens), tuple(kernels), teacher, mask_BxT / count)
+    return _fused_losses(_How('kl', chunk, axes, kernels), tuple(hiddens), tuple(tables), teacher, mask_BxT / count)
 
 
 def top_k_kl_losses(
@@ -61,10 +66,10 @@ def top_k_kl_losses(
       ids_BxTxK: the top k tokens. log_p_BxTxK1: their log-probabilities, and last that of the tail (−inf: no tail); scaled here
         to sum to 1. The others as of `kl_losses`.
     """
-    hiddens, kernels = zip(*students, strict=True)
+    hiddens, tables = zip(*students, strict=True)
     log_p = jax.nn.log_softmax(log_p_BxTxK1.astype(jnp.float32))
     target = (ids_BxTxK.astype(jnp.int32), log_p)
-    return _fused_losses('top_k', chunk, axes, tuple(hiddens), tuple(kernels), target, mask_BxT / count)
+    return _fused_losses(_How('top_k', chunk, axes), tuple(hiddens), tuple(tables), target, mask_BxT / count)
 
 
 def top_k_log_probs(
@@ -75,7 +80,8 @@ def top_k_log_probs(
     chunk = min(chunk, length)
 
     def step(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        log_p = _log_softmax(_logits(hidden, kernel_DxV), axes)
+        z = _logits(hidden, kernel_DxV)
+        log_p = z - _log_total(z, axes)
         own_vocab = log_p.shape[-1]
         values, ids = jax.lax.top_k(log_p, min(k, own_vocab))
         ids = ids + part_index(axes) * own_vocab
@@ -100,72 +106,102 @@ def cross_entropy_losses(
     axes: Axes = (),
 ) -> jax.Array:
     """Cross-entropy with the next tokens in nats per token, for each student: [N]. Arguments as of `kl_losses`."""
-    hiddens, kernels = zip(*students, strict=True)
-    return _fused_losses('cross_entropy', chunk, axes, tuple(hiddens), tuple(kernels), targets_BxT, mask_BxT / count)
+    hiddens, tables = zip(*students, strict=True)
+    return _fused_losses(_How('cross_entropy', chunk, axes), tuple(hiddens), tuple(tables), targets_BxT, mask_BxT / count)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused_losses(
-    kind: str, chunk: int, axes: Axes, hiddens: Hiddens, kernels: Hiddens, target: Any, weight_BxT: jax.Array
-) -> jax.Array:
-    return _run(kind, chunk, axes, hiddens, kernels, target, weight_BxT, with_gradients=False)[0]
+class _How(NamedTuple):
+    """Which loss, and how it is computed: arguments of the public functions."""
+
+    kind: str
+    chunk: int
+    axes: Axes
+    kernels: str = 'xla'
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_losses(how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array) -> jax.Array:
+    return _run(how, hiddens, tables, target, weight_BxT, with_gradients=False)[0]
 
 
 def _run(
-    kind: str,
-    chunk: int,
-    axes: Axes,
-    hiddens: Hiddens,
-    kernels: Hiddens,
-    target: Any,
-    weight_BxT: jax.Array,
-    with_gradients: bool,
+    how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array, with_gradients: bool
 ) -> tuple[jax.Array, Hiddens, Hiddens]:
-    """(losses [N], gradients of the hiddens, gradients of the kernels in float32)."""
+    """(losses [N], gradients of the hiddens, gradients of the unembeddings in float32)."""
     length = weight_BxT.shape[1]
-    chunk = min(chunk, length)
-    teacher_kernel = None
-    if kind == 'kl':
-        target, teacher_kernel = target
+    chunk = min(how.chunk, length)
+    teacher_table = None
+    if how.kind == 'kl':
+        target, teacher_table = target
     split = lambda x: _split(x, chunk)
     scanned = jax.tree.map(split, (hiddens, weight_BxT, target))
 
-    def step(kernel_grads: Hiddens, inputs: Any) -> tuple[Hiddens, Any]:
+    def step(table_grads: Hiddens, inputs: Any) -> tuple[Hiddens, Any]:
         chunk_hiddens, weight_BxQ, chunk_target = inputs
-        compare = _comparison(kind, chunk_target, teacher_kernel, kernels[0].shape[-1], axes)
+        compare = _comparison(how, chunk_target, teacher_table, tables[0].shape[-1])
         losses, hidden_grads, new_grads = [], [], []
-        for hidden, kernel, kernel_grad in zip(chunk_hiddens, kernels, kernel_grads, strict=True):
-            log_q = _log_softmax(_logits(hidden, kernel), axes)
-            per_token, p = compare(log_q)
+        for hidden, table, table_grad in zip(chunk_hiddens, tables, table_grads, strict=True):
+            per_token, grad = compare(_logits(hidden, table), weight_BxQ, hidden.dtype)
             # Not 0 · per_token: a masked token may be infinite.
             losses.append(jnp.sum(jnp.where(weight_BxQ > 0, per_token * weight_BxQ, 0.0)))
             if with_gradients:
-                grad = ((jnp.exp(log_q) - p) * weight_BxQ[..., None]).astype(hidden.dtype)
-                hidden_grads.append(jnp.einsum('bqv,dv->bqd', grad, kernel.astype(grad.dtype)))
-                new_grads.append(kernel_grad + jnp.einsum('bqd,bqv->dv', hidden, grad, preferred_element_type=jnp.float32))
-        return tuple(new_grads) if with_gradients else kernel_grads, (jnp.stack(losses), tuple(hidden_grads))
+                hidden_grads.append(jnp.einsum('bqv,dv->bqd', grad, table.astype(grad.dtype)))
+                new_grads.append(table_grad + jnp.einsum('bqd,bqv->dv', hidden, grad, preferred_element_type=jnp.float32))
+        return tuple(new_grads) if with_gradients else table_grads, (jnp.stack(losses), tuple(hidden_grads))
 
-    zeros = tuple(jnp.zeros(kernel.shape if with_gradients else (), jnp.float32) for kernel in kernels)
-    kernel_grads, (losses_CxN, hidden_grads) = jax.lax.scan(step, zeros, scanned)
+    zeros = tuple(jnp.zeros(table.shape if with_gradients else (), jnp.float32) for table in tables)
+    table_grads, (losses_CxN, hidden_grads) = jax.lax.scan(step, zeros, scanned)
     join = lambda x: _join(x, length)
     # Each device saw its part of the vocabulary.
-    losses_N, hidden_grads = total((losses_CxN.sum(0), tuple(map(join, hidden_grads))), axes)
-    return losses_N, hidden_grads, kernel_grads
+    losses_N, hidden_grads = total((losses_CxN.sum(0), tuple(map(join, hidden_grads))), how.axes)
+    return losses_N, hidden_grads, table_grads
 
 
-Comparison = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# (logits [B, Q, V'], weight [B, Q], dtype) -> (this device's part of the loss [B, Q], weighted gradient by the logits in dtype)
+Comparison = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
-def _comparison(kind: str, target: Any, teacher_kernel: jax.Array | None, own_vocab: int, axes: Axes) -> Comparison:
-    """log q [B, Q, V'] -> (this device's part of the loss [B, Q], what the gradient draws q to [B, Q, V'])."""
-    if kind == 'top_k':
-        return _top_k_comparison(*target, own_vocab, axes)
-    if kind == 'kl':
-        log_p = _log_softmax(_logits(target, teacher_kernel), axes)
-        p = jnp.exp(log_p)
-        return lambda log_q: (jnp.sum(p * (log_p - log_q), axis=-1), p)
-    p = jax.nn.one_hot(target - part_index(axes) * own_vocab, own_vocab, dtype=jnp.float32)
-    return lambda log_q: (-jnp.sum(p * log_q, axis=-1), p)
+def _comparison(how: _How, target: Any, teacher_table: jax.Array | None, own_vocab: int) -> Comparison:
+    if how.kind == 'kl':
+        return _kl_comparison(how, _logits(target, teacher_table))
+    if how.kind == 'top_k':
+        against = _top_k_comparison(*target, own_vocab, how.axes)
+    else:
+        p = jax.nn.one_hot(target - part_index(how.axes) * own_vocab, own_vocab, dtype=jnp.float32)
+        against = lambda log_q: (-jnp.sum(p * log_q, axis=-1), p)
+
+    def compare(z: jax.Array, weight_BxQ: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        log_q = z - _log_total(z, how.axes)
+        per_token, p = against(log_q)
+        return per_token, ((jnp.exp(log_q) - p) * weight_BxQ[..., None]).astype(dtype)
+
+    return compare
+
+
+def _kl_comparison(how: _How, teacher_BxQxV: jax.Array) -> Comparison:
+    kernels = how.kernels if fits_kl_kernel(math.prod(teacher_BxQxV.shape[:2])) else 'xla'
+    log_total = lambda z: _log_total(z, how.axes, kernels)
+    teacher_log_total = log_total(teacher_BxQxV)
+
+    def compare(z: jax.Array, weight_BxQ: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        args = z, teacher_BxQxV, log_total(z), teacher_log_total, weight_BxQ[..., None]
+        return by_platform(kernels, partial(_by_rows, kl_and_gradient_by_kernel, dtype), partial(_kl_and_gradient, dtype), *args)
+
+    return compare
+
+
+def _kl_and_gradient(
+    dtype: Any, z: jax.Array, teacher: jax.Array, log_total: jax.Array, teacher_log_total: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    log_q, log_p = z - log_total, teacher - teacher_log_total
+    p = jnp.exp(log_p)
+    return jnp.sum(p * (log_p - log_q), axis=-1), ((jnp.exp(log_q) - p) * weight).astype(dtype)
+
+
+def _by_rows(kernel: Callable[..., Any], dtype: Any, *args: jax.Array, interpret: bool) -> Any:
+    """A kernel for rows [N, ...], of arrays [B, Q, ...]."""
+    outputs = kernel(*(x.reshape(-1, x.shape[-1]) for x in args), *(() if dtype is None else (dtype,)), interpret=interpret)
+    return tuple(x.reshape(*args[0].shape[:2], *x.shape[1:]) for x in outputs)
 
 
 def _top_k_comparison(ids_BxQxK: jax.Array, log_p_BxQxK1: jax.Array, own_vocab: int, axes: Axes) -> Comparison:
@@ -212,28 +248,35 @@ def _join(x: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1])[:, :length]
 
 
-def _log_softmax(logits_BxQxV: jax.Array, axes: Axes) -> jax.Array:
-    if not axes:
-        return jax.nn.log_softmax(logits_BxQxV)
-    top = jax.lax.pmax(jnp.max(logits_BxQxV, axis=-1, keepdims=True), axes)
-    shifted = logits_BxQxV - top
-    return shifted - jnp.log(total(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), axes))
+def _log_total(z_BxQxV: jax.Array, axes: Axes, kernels: str = 'xla') -> jax.Array:
+    """log Σ_v exp(z) over the whole vocabulary, [B, Q, 1]."""
+    by_kernel = partial(_by_rows, top_and_sum_by_kernel, None)
+    top, own = by_platform(kernels, by_kernel, _top_and_sum, z_BxQxV)
+    if axes:
+        own_top, top = top, jax.lax.pmax(top, axes)
+        own = total(own * jnp.exp(own_top - top), axes)
+    return top + jnp.log(own)
 
 
-def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum('bqd,dv->bqv', hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _top_and_sum(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    top = jnp.max(z, axis=-1, keepdims=True)
+    return top, jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True)
 
 
-def _forward(kind: str, chunk: int, axes: Axes, hiddens: Hiddens, kernels: Hiddens, target: Any, weight_BxT: jax.Array) -> Any:
-    losses, hidden_grads, kernel_grads = _run(kind, chunk, axes, hiddens, kernels, target, weight_BxT, with_gradients=True)
-    kernel_grads = tuple(grad.astype(kernel.dtype) for grad, kernel in zip(kernel_grads, kernels, strict=True))
-    return losses, (hidden_grads, kernel_grads)
+def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum('bqd,dv->bqv', hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _backward(kind: str, chunk: int, axes: Axes, residuals: Any, cotangent_N: jax.Array) -> Any:
-    hidden_grads, kernel_grads = residuals
+def _forward(how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array) -> Any:
+    losses, hidden_grads, table_grads = _run(how, hiddens, tables, target, weight_BxT, with_gradients=True)
+    table_grads = tuple(grad.astype(table.dtype) for grad, table in zip(table_grads, tables, strict=True))
+    return losses, (hidden_grads, table_grads)
+
+
+def _backward(how: _How, residuals: Any, cotangent_N: jax.Array) -> Any:
+    hidden_grads, table_grads = residuals
     scale = lambda grads: tuple((cotangent_N[n] * grad).astype(grad.dtype) for n, grad in enumerate(grads))
-    return scale(hidden_grads), scale(kernel_grads), None, None
+    return scale(hidden_grads), scale(table_grads), None, None
 
 
 _fused_losses.defvjp(_forward, _backward)

@@ -118,7 +118,7 @@ def elastic_loss(
         if teacher in ('frozen', 'cached'):
             losses = distillation(heads, teacher_params, batch, count, parent, context, config)
         elif teacher == 'self' and len(heads) > 1:
-            small = kl_losses(heads[1:], heads[0], *shared)
+            small = kl_losses(heads[1:], heads[0], *shared, context.kernels)
             losses = jnp.concatenate([cross_entropy_losses(heads[:1], batch['targets'], *shared), small])
         else:
             losses = cross_entropy_losses(heads, batch['targets'], *shared)
@@ -137,7 +137,7 @@ def distillation(
     shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
     if 'teacher_ids' in batch:
         return top_k_kl_losses(heads, batch['teacher_ids'], batch['teacher_log_p'], *shared)
-    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared)
+    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared, context.kernels)
 
 
 def teacher_head(params: Any, batch: Batch, parent: Arch, context: Context, config: StepConfig) -> tuple[jax.Array, jax.Array]:

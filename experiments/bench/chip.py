@@ -10,7 +10,8 @@ with the waits for matmuls and for memory: libtpu's static profile, in a process
 decides as not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all
 blocks done at a smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a
 few steps: the experts' kernels are profiled for an eighth of experts and tokens, with as many visits as routing can ask for.
-XLA's own grouped matmul is such a kernel too, and is in no column.
+XLA's own grouped matmul is such a kernel too, and is in no column. The head's matmuls are XLA's in either form, and counted
+with its kernels.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from elastic_jax.model import flash, grouped, grouped_kernel
 from elastic_jax.model.attention import attend_causally
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
+from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
+from elastic_jax.model.losses import kl_losses
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
@@ -105,12 +108,33 @@ def experts(length: int = 8192) -> Piece:
     return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
 
 
+VOCAB, HEADS_OF, TOKENS = 131072, (2688, 2240, 1856), 1024  # the embedding of each budget; tokens of a chunk
+
+
+def head(length: int = 8192) -> Piece:
+    """The unembedding of the teacher and of all budgets, with the divergence between them and its gradients."""
+    hidden = [((1, length, width), jnp.bfloat16) for width in HEADS_OF]
+    kernels = [((width, VOCAB), jnp.bfloat16) for width in HEADS_OF]
+    count = len(HEADS_OF)
+
+    def form(kernels: str, *args: jax.Array) -> jax.Array:
+        students, teacher = zip(args[:count], args[count : 2 * count], strict=True), args[2 * count : -1]
+        return kl_losses(tuple(students), teacher, args[-1], float(length), TOKENS, kernels=kernels)
+
+    # One matmul of the teacher, three of every budget; every table and hidden state once, with its gradient.
+    flops = 2 * length * VOCAB * (HEADS_OF[0] + 3 * sum(HEADS_OF))
+    size = 2 * (HEADS_OF[0] + 2 * sum(HEADS_OF)) * (length + VOCAB)
+    args = (*hidden, *kernels, hidden[0], kernels[0], ((1, length), jnp.float32))
+    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, ((count,), jnp.float32), 2 * count, flops, size)
+
+
 PIECES = {
     'attention 8192': attention(8192),
     'attention 49152': attention(49152),
     'ssd 64 heads 8192': state_space(64),
     'ssd 56 heads 8192': state_space(56),
     'experts 8192': experts(),
+    'head 8192': head(),
 }
 
 
@@ -155,6 +179,24 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
     return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
 
 
+def one_chunk() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """The two kernels of the head, each once."""
+
+    def run(z: jax.Array, teacher: jax.Array, number: jax.Array) -> Any:
+        return top_and_sum_by_kernel(z), kl_and_gradient_by_kernel(z, teacher, number, number, number, jnp.bfloat16)
+
+    logits = ((TOKENS, VOCAB), jnp.float32)
+    return run, [logits, logits, ((TOKENS, 1), jnp.float32)]
+
+
+def head_cycles(topology: str, length: int = 8192) -> int:
+    """Cycles of all of the head's kernels: a logsumexp of the teacher, and both kernels for every budget."""
+    kernels = kernels_of(compiled(topology, '', 'one chunk')[1])
+    of = {kernel.partition('_by_kernel')[0]: simulated(topology, '', 'one chunk', kernel) for kernel in kernels}
+    count = len(HEADS_OF)
+    return length // TOKENS * ((1 + count) * of['top_and_sum'] + count * of['kl_and_gradient'])
+
+
 def expert_cycles(topology: str) -> int:
     """Cycles of all of the experts' kernels: each is run twice, once for either matrix."""
     kernels = kernels_of(compiled(topology, '', 'every visit')[1])
@@ -166,6 +208,8 @@ def program(name: str, form: str) -> tuple[Callable[..., Any], Sequence[tuple[tu
         return every_block(SMALL)
     if form == 'every visit':
         return every_visit()
+    if form == 'one chunk':
+        return one_chunk()
     piece = PIECES[name]
     return both_ways(piece.plain if form == 'xla' else piece.kernel, piece), [piece.out, *piece.args]
 
@@ -210,21 +254,22 @@ def report(topology: str, names: Sequence[str]) -> None:
     print('|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|')
     of_blocks = None
     for name in names:
-        piece, (plain_gib, plain), (gib, text) = PIECES[name], compiled(topology, name, 'xla'), compiled(topology, name, 'kernel')
+        piece, (plain_gib, plain) = PIECES[name], compiled(topology, name, 'xla')
         ideal = piece.flops / speed
+        begins = f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {ideal / 1e6:.2f} | '
+        begins += f'{estimated_cycles(plain) / 1e6:.2f} | {plain_gib:.2f} | '
+        gib, text = compiled(topology, name, 'kernel')
+        beside = estimated_cycles(text)
         if name.startswith('experts'):
             cycles = expert_cycles(topology)
+        elif name.startswith('head'):
+            cycles, beside = head_cycles(topology) + beside, 0.0
         elif piece.blocks is None:
             cycles = sum(simulated(topology, name, 'kernel', kernel) for kernel in kernels_of(text))
         else:
             of_blocks = of_blocks or block_cycles(topology, cores)
             cycles = math.fsum(each * count for each, count in zip(of_blocks, piece.blocks(cores), strict=True))
-        print(
-            f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {ideal / 1e6:.2f} | '
-            f'{estimated_cycles(plain) / 1e6:.2f} | {plain_gib:.2f} | {cycles / 1e6:.2f} | '
-            f'{estimated_cycles(text) / 1e6:.2f} | {gib:.2f} | {cycles / ideal:.2f} |',
-            flush=True,
-        )
+        print(f'{begins}{cycles / 1e6:.2f} | {beside / 1e6:.2f} | {gib:.2f} | {cycles / ideal:.2f} |', flush=True)
 
 
 def block_cycles(topology: str, cores: int) -> tuple[float, float]:

@@ -61,3 +61,30 @@ def test_a_masked_token_may_hold_anything():
     for hidden in (students[0][0], teacher[0]):
         hidden[0, 3] = np.inf
     np.testing.assert_array_equal(kl_losses(students, teacher, mask, 1.0, 4), clean)
+
+
+@pytest.mark.parametrize('vocab', [300, 256, 4224], ids=['part of a tile', 'one tile', 'tiles and a part'])
+def test_kernels_give_the_plain_divergence_and_gradients(vocab):
+    """Far from each other, and with logits so large that their exponentials would not fit."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    students, teacher = (
+        [(30 * draw(2, 48, 8), draw(8, vocab)), (draw(2, 48, 4), draw(4, vocab))],
+        (9 * draw(2, 48, 6), draw(6, vocab)),
+    )
+    mask = (rng.random((2, 48)) < 0.7).astype(np.float32)
+    losses = lambda kernels: lambda students: kl_losses(students, teacher, mask, 5.0, 24, kernels=kernels)
+
+    assert 'pallas_call' in str(jax.make_jaxpr(losses('pallas'))(students))
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (students, teacher))
+        expected = plain(*double, None, mask, 5.0, 'kl')
+        expected_grads = jax.grad(lambda students: plain(students, double[1], None, mask, 5.0, 'kl').sum())(double[0])
+    np.testing.assert_allclose(losses('pallas')(students), expected, rtol=2e-5)
+    found = jax.grad(lambda students: losses('pallas')(students).sum())(students)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max()), found, expected_grads)
+
+
+def test_rows_that_are_no_whole_strips_take_the_plain_form():
+    students, teacher, _, mask = draw_inputs()
+    assert 'pallas_call' not in str(jax.make_jaxpr(lambda: kl_losses(students, teacher, mask, 1.0, 4, kernels='pallas'))())
