@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
 from elastic_jax.model.ssd_blocks import fits_ssd_kernel
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
+
+CPU_CHUNK = 64  # tokens; what is made for every pair of a chunk's tokens costs a CPU more than passing states on
 
 
 class MambaCache(NamedTuple):
@@ -100,7 +103,9 @@ def settle(trial: MambaTrial, kept_B: jax.Array, mixer: Mamba) -> tuple[jax.Arra
     # A token that is not kept takes a step of zero length, which leaves the state as it is.
     real_BxT = jnp.arange(trial.dt_BxTxGxM.shape[1])[None] < kept_B[:, None]
     dt_BxTxGxM = jnp.where(real_BxT[..., None, None], trial.dt_BxTxGxM, 0.0)
-    run = ssd_step if real_BxT.shape[1] == 1 else lambda *args: ssd(*args[:5], None, mixer.chunk, args[5])
+    chunked = lambda chunk: lambda *args: ssd(*args[:5], None, chunk, args[5])
+    prefill = partial(jax.lax.platform_dependent, cpu=chunked(min(CPU_CHUNK, mixer.chunk)), default=chunked(mixer.chunk))
+    run = ssd_step if real_BxT.shape[1] == 1 else prefill
     inputs = trial.x_BxTxGxMxP, dt_BxTxGxM, trial.a_GxM, trial.b_BxTxGxN, trial.c_BxTxGxN
     y_BxTxGxMxP, state = run(*inputs, trial.before.state_BxGxMxPxN)
     history = {name: _last_inputs(getattr(trial.before, name), u, kept_B) for name, u in trial.inputs.items()}
