@@ -179,9 +179,9 @@ def _think(
 def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Thoughts:
     """What some drawn tokens are as thoughts; closed by themselves, by the end of text, or by the limit."""
     closing = tokenizer.encode(control.closing).tolist()
-    count = first_end(drawn, tokenizer)
-    if count is not None:
-        return Thoughts(drawn[:count] + closing, count, True)
+    end = first_end(drawn, tokenizer)
+    # A piece may hold the delimiter, an answer and the end of the text: what comes first counts.
+    drawn = drawn[:end]
     text = tokenizer.decode(drawn)
     cut = first_stop(text, [control.closing])
     if cut is not None:
@@ -192,7 +192,7 @@ def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Tho
         # The last token reaches past the delimiter: its part of it is written anew.
         rest = closed[len(tokenizer.decode(drawn[: count - 1])) :]
         return Thoughts(drawn[: count - 1] + tokenizer.encode(rest).tolist(), count, True)
-    if len(drawn) >= control.thinking_tokens:
+    if end is not None or len(drawn) >= control.thinking_tokens:
         return Thoughts(drawn + closing, len(drawn), True)
     return Thoughts(drawn, len(drawn), False)
 

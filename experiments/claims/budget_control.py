@@ -55,14 +55,14 @@ def get_config(data: dict[str, dict[str, Any]], parent: str = '') -> ConfigDict:
     config.data.update(data['thinking'])
     config.optimizer.update({'lr': 1.5e-3, 'final_lr': 1e-4, 'warmup': 30})
     config.teacher = 'none'
-    config.stages.pretrain = stage('pretrain', 1000, 256, 8, optimizer={'lr': 3e-3, 'final_lr': 3e-4, 'warmup': 50})
+    config.stages.pretrain = stage('pretrain', 2000, 256, 8, optimizer={'lr': 3e-3, 'final_lr': 3e-4, 'warmup': 50})
     shares = {'full': 0.4, 'mid': 0.3, 'small': 0.3}
-    config.stages.elastic = stage('elastic', 600, 256, 8, mode='sampled', probabilities=shares, data=data['answering'])
+    config.stages.elastic = stage('elastic', 3000, 256, 8, mode='sampled', probabilities=shares, data=data['answering'])
     config.curriculum = ('elastic',) if parent else ('pretrain', 'elastic')
     config.parent.checkpoint = parent
     config.calibrate.update({'batches': 4, 'batch_size': 16, 'context': 256, 'layer_batches': 0})
     config.eval.update({'every': 0, 'batches': 4, 'batch_size': 16, 'context': 256})
-    config.checkpoint.update({'every': 100, 'keep': 2})
+    config.checkpoint.update({'every': 500, 'keep': 2})
     return config
 
 

@@ -67,6 +67,19 @@ def test_any_of_several_tokens_ends_thoughts_and_answers():
     assert not set(ended.answer.tokens) & set(two.stop_ids)
 
 
+@pytest.mark.parametrize('switch', ['recompute', 'hand-over'])
+def test_thoughts_end_at_their_delimiter_though_the_text_ends_in_the_same_piece(switch):
+    """All within one piece: the delimiter, an answer of the thinking size's own, and the end of the text."""
+    (free,) = generate(SIZES['small'], LETTERS, ['abcde' + OPENING], 16, WARM, seeds=[2])
+    new = [i for i, letter in enumerate(free.text) if letter not in free.text[:i]]
+    start, end = new[3], new[6]
+    ending = ending_at(23, *LETTERS.encode(free.text[end]).tolist())
+    settings = control(switch, closing=free.text[start])
+    (thought,), _ = think_then_answer(SIZES['small'], SIZES['small'], ending, ['abcde'], settings, WARM, seeds=[2])
+    assert thought.thinking == free.text[:start]
+    assert thought.answer.text == free.text[start + 1 : end] and thought.answer.finish == 'stop'
+
+
 def test_both_switches_draw_alike_where_the_sizes_are_one():
     recomputed, handed = (think('small', 'small', control(switch))[0] for switch in ('recompute', 'hand-over'))
     assert recomputed == handed and agreement(recomputed, handed) == 1.0
