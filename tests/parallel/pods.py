@@ -21,6 +21,19 @@ WORDS = ('quick', 'brown', 'fox', 'jumps', 'over', 'lazy', 'dogs', 'while', 'rai
 TIMING = ('seconds', 'tokens_per_second', 'data_seconds', 'flops_per_second')
 # Machines of tests are busy: everything here is done in a tenth of this when one is not.
 PATIENCE = 400
+# Steps of this model take milliseconds, and a SIGTERM is looked for once a second: a run that is to be caught before its
+# last step takes this many seconds for each.
+PACE = 0.5
+# Before `main` is called.
+PACED = f"""
+import time
+from elastic_jax.parallel.placement import Placement
+put_at_once = Placement.put_batch
+def paced(self, *args):
+    time.sleep({PACE})
+    return put_at_once(self, *args)
+Placement.put_batch = paced
+"""
 
 
 def write_texts(folder: Path, documents: int = 200) -> None:
@@ -92,6 +105,11 @@ class Place:
         path = self.root / 'script.py'
         path.write_text(script)
         return [train[0], str(path), *train[3:]]
+
+    def start_paced(self, workdir: Path) -> Pod:
+        """Two processes whose steps leave time to send them a signal."""
+        call = 'import sys\nfrom elastic_jax.cli import main\nmain(sys.argv[1:])\n'
+        return self.start(workdir, command=self.scripted(PACED + call, self.train(workdir)))
 
     def start(self, workdir: Path, *more: str, processes: int = 2, devices: int = 1, command: list[str] | None = None) -> Pod:
         supervise = [sys.executable, '-m', 'elastic_jax.parallel.supervise', f'--processes={processes}', f'--devices={devices}']

@@ -31,7 +31,7 @@ def checkpoints(workdir):
 
 def test_sigterm_to_one_lets_all_save_at_the_same_step_and_the_same_command_goes_on(place, undisturbed):  # noqa: F811
     workdir = place.root / 'asked'
-    pod = place.start(workdir)
+    pod = place.start_paced(workdir)
     pod.until_step(workdir, 8)
     os.kill(pod.processes()[1], signal.SIGTERM)
     output = pod.end(0)
@@ -45,7 +45,7 @@ def test_sigterm_to_one_lets_all_save_at_the_same_step_and_the_same_command_goes
 @pytest.mark.parametrize('victim', [1, 0])
 def test_sigkill_to_one_stops_the_others_and_the_rerun_is_never_killed(place, undisturbed, victim):  # noqa: F811
     workdir = place.root / f'killed{victim}'
-    pod = place.start(workdir)
+    pod = place.start_paced(workdir)
     pod.until_step(workdir, 10)
     began = time.monotonic()
     os.kill(pod.processes()[victim], signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_sigkill_to_one_stops_the_others_and_the_rerun_is_never_killed(place, un
 def test_sigkill_during_a_save_and_a_damaged_newest_checkpoint(place, undisturbed):  # noqa: F811
     """Killed while step 12 is written; then the newest complete one is damaged: the one before is used, and that is said."""
     workdir = place.root / 'saving'
-    pod = place.start(workdir)
+    pod = place.start_paced(workdir)
     unfinished = lambda: [path for path in (workdir / 'checkpoints').glob('12*') if not path.name.isdigit()]
     pod.until(lambda: (workdir / 'checkpoints').exists() and unfinished(), 'save of step 12')
     os.kill(pod.processes()[1], signal.SIGKILL)

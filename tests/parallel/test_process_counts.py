@@ -10,7 +10,7 @@ import pytest
 
 from elastic_jax.data.pipeline import make_iterator
 from elastic_jax.metrics import read_metrics
-from tests.parallel.pods import Place, place  # noqa: F401
+from tests.parallel.pods import PACED, Place, place  # noqa: F401
 from tests.parallel.small_experiment import LAST_STEP, PRETRAIN, get_config
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def test_from_four_processes_to_two_on_another_mesh_to_one(place: Place):  # noq
     assert list((alone / 'profile').rglob('*.xplane.pb')), 'a profile of the window'
 
     def start(log, processes, devices, *more):
-        script = RECORDING.replace('LOG', repr(str(place.root / log)))
+        script = PACED + RECORDING.replace('LOG', repr(str(place.root / log)))
         command = place.scripted(script, place.train(changing, *more))
         return place.start(changing, processes=processes, devices=devices, command=command)
 
