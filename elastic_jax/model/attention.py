@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from elastic_jax.model.shapes import lead
 
 # Of sequences longer than LONGEST, ROWS queries at a time meet all keys.
 LONGEST, ROWS = 2048, 512
+# Queries at a time that meet a cache on CPU, and the narrowest part of the cache that is compiled for them.
+FILLED_ROWS = 64
 
 
 class KVCache(NamedTuple):
@@ -70,8 +73,8 @@ def attention(
         )
         keys, values = cache.k_BxKxHxS.astype(x_BxTxD.dtype), cache.v_BxKxSxH.astype(x_BxTxD.dtype)
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
-        allowed_BxTxS = jnp.arange(values.shape[2])[None, None] <= last_BxT[..., None]
-        heads_BxTxKxQxH = _attend_cached(q_BxTxKxQxH, keys, values, allowed_BxTxS)
+        inputs = q_BxTxKxQxH, keys, values, last_BxT
+        heads_BxTxKxQxH = jax.lax.platform_dependent(*inputs, cpu=_attend_filled, default=_attend_cached)
     # Flat, so that not even XLA on CPU transposes the kernel.
     o_NxD = params['o'].reshape(-1, params['o'].shape[-1])
     y_BxTxD = leave(linear(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), o_NxD), axes)
@@ -136,8 +139,37 @@ def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, 
     return jnp.einsum('bkqts,bskh->btkqh', weights_BxKxQxTxS, v_BxSxKxH)
 
 
-def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, allowed_BxTxS: jax.Array) -> jax.Array:
-    """`_attend` where the keys and values are a cache's: the queries of a KV head are rows of one matmul."""
+def _attend_filled(
+    q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, last_BxT: jax.Array, rows: int = FILLED_ROWS
+) -> jax.Array:
+    """`_attend_cached` that leaves out the slots after the last that any row may see, `rows` queries at a time.
+
+    Few widths are compiled, and the first that is wide enough is chosen by the rows' lengths, so a cache costs what it holds
+    and not what it could hold, and a prompt's first queries do not meet its last keys.
+    """
+    slots, length = v_BxKxSxH.shape[2], q_BxTxKxQxH.shape[1]
+    widths = [FILLED_ROWS << n for n in range(slots.bit_length()) if FILLED_ROWS << n < slots] + [slots]
+
+    def within(width: int) -> Callable[..., jax.Array]:
+        return lambda q, last: _attend_cached(q, k_BxKxHxS[..., :width], v_BxKxSxH[:, :, :width], last)
+
+    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        needed = jnp.sum(jnp.asarray(widths) < jnp.max(part[1]) + 1)
+        return jax.lax.switch(needed, [within(width) for width in widths], *part)
+
+    if length <= rows or length % rows:
+        return some((q_BxTxKxQxH, last_BxT))
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, rows, *x.shape[2:]), 1, 0)
+    heads_NxBxRxKxQxH = jax.lax.map(some, (split(q_BxTxKxQxH), split(last_BxT)))
+    return jnp.moveaxis(heads_NxBxRxKxQxH, 0, 1).reshape(q_BxTxKxQxH.shape)
+
+
+def _attend_cached(q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, last_BxT: jax.Array) -> jax.Array:
+    """`_attend` where the keys and values are a cache's: the queries of a KV head are rows of one matmul.
+
+    last_BxT: the last slot that each query may see.
+    """
+    allowed_BxTxS = jnp.arange(v_BxKxSxH.shape[2])[None, None] <= last_BxT[..., None]
     batch, length, heads, group, dim = q_BxTxKxQxH.shape
     q_BxKxNxH = jnp.moveaxis(q_BxTxKxQxH, 1, 2).reshape(batch, heads, length * group, dim) / math.sqrt(dim)
     scores_BxKxNxS = jnp.einsum('bknh,bkhs->bkns', q_BxKxNxH, k_BxKxHxS, preferred_element_type=jnp.float32)

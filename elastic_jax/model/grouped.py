@@ -92,34 +92,40 @@ def _run_by_kernel(
 def _run_in_turn(
     x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork
 ) -> tuple[jax.Array, ...]:
-    """Block after block of rows sorted by expert, as many as there are; the last rows of an expert's last block are written over
-    by the next expert's."""
+    """One used expert after another, its rows block after block; XLA cuts its weights out once, before the inner loop.
+
+    Rows are sorted by expert: the last rows of an expert's last block are written over by the next expert's.
+    """
     plan = sorted_plan(ids_NxK, experts)
     pairs = ids_NxK.size
     block = block_size(pairs, experts)
     sizes_E = plan.groups
-    last_row_E, last_block_E = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // block))
+    first_row_E = jnp.cumsum(sizes_E) - sizes_E
+    used_first_E = jnp.argsort(sizes_E == 0, stable=True)
     rows_RxD = jnp.pad(_dispatch(x_NxD, plan), ((0, block), (0, 0)))
 
-    def one(rows_BxD: jax.Array, expert: jax.Array) -> tuple[jax.Array, ...]:
+    def by(expert: jax.Array) -> Matmuls:
         own = lambda w: jax.lax.dynamic_index_in_dim(corner.of(w), expert, keepdims=False)
-        return network(rows_BxD, Matmuls(lambda rows, w: rows @ own(w).T, lambda rows, w: rows @ own(w)))
+        return Matmuls(lambda rows, w: rows @ own(w).T, lambda rows, w: rows @ own(w))
 
-    def turn(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        expert = jnp.sum(last_block_E <= i)
-        before = -(-sizes_E[expert] // block) - (last_block_E[expert] - i)
-        start = last_row_E[expert] - sizes_E[expert] + before * block
-        own = one(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), expert)
-        put = lambda output, new: jax.lax.dynamic_update_slice_in_dim(output, new, start, axis=0)
-        return jax.tree.map(put, outputs, own)
+    def of_expert(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        expert = used_first_E[i]
 
-    shapes = jax.eval_shape(one, rows_RxD[:block], jnp.int32(0))
+        def of_block(j: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            start = first_row_E[expert] + j * block
+            found = network(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), by(expert))
+            put = lambda output, new: jax.lax.dynamic_update_slice_in_dim(output, new, start, axis=0)
+            return jax.tree.map(put, outputs, found)
+
+        return jax.lax.fori_loop(0, -(-sizes_E[expert] // block), of_block, outputs)
+
+    shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0])), rows_RxD[:block])
     empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
-    outputs = jax.lax.fori_loop(0, last_block_E[-1], turn, empty)
+    outputs = jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), of_expert, empty)
     return _collected([out[:pairs] for out in outputs], plan, ids_NxK)
 
 
-def block_size(pairs: int, experts: int, largest: int = BLOCK) -> int:
+def block_size(pairs: int, experts: int, largest: int = 2 * BLOCK) -> int:
     """Rows of a block: one where an expert has few, as a vector's matmul packs nothing; else half an expert's even share."""
     size = 1 if pairs <= 2 * experts else 4
     while size < largest and 4 * size * experts <= pairs:

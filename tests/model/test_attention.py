@@ -9,7 +9,7 @@ import pytest
 
 from elastic_jax.arch import Arch, Attention, Rope
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.attention import attend_causally, attention
+from elastic_jax.model.attention import _attend_filled, attend_causally, attention
 from elastic_jax.model.context import Context
 from tests.model import oracle
 from tests.tiny import numpy_params
@@ -61,3 +61,26 @@ def test_long_sequences_in_pieces_are_the_whole(segmented):
 
     for whole, pieces in zip(jax.tree.leaves(run(length)), jax.tree.leaves(run(8)), strict=True):
         np.testing.assert_allclose(pieces, whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize('length', [1, 40, 128])
+@pytest.mark.parametrize('slots', [64, 96, 384])
+def test_a_cache_is_read_as_far_as_its_rows_are_filled(length, slots):
+    """Against a float64 softmax over each query's own slots; slots past the next compiled width are poisoned with NaN."""
+    rng, (batch, heads, group, dim) = np.random.default_rng(slots + length), (3, 2, 2, 8)
+    for start_B in (np.asarray([0, 5, 17]), rng.integers(0, slots, batch)):
+        start_B = np.minimum(start_B, max(0, slots - length))
+        last_BxT = np.minimum(start_B[:, None] + np.arange(length), slots - 1)
+        q = rng.standard_normal((batch, length, heads, group, dim)).astype(np.float32)
+        k = rng.standard_normal((batch, heads, dim, slots)).astype(np.float32)
+        v = rng.standard_normal((batch, heads, slots, dim)).astype(np.float32)
+        expected = np.zeros(q.shape)
+        for b, t in itertools.product(range(batch), range(length)):
+            seen = slice(last_BxT[b, t] + 1)
+            scores = np.einsum('kqh,khs->kqs', q[b, t].astype(np.float64), k[b, ..., seen]) / np.sqrt(dim)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            expected[b, t] = np.einsum('kqs,ksh->kqh', weights / weights.sum(-1, keepdims=True), v[b, :, seen])
+        width = next((width for width in (64, 128, 256) if last_BxT.max() < width), slots)
+        k[..., width:], v[:, :, width:] = np.nan, np.nan
+        found = jax.jit(_attend_filled)(q, k, v, last_BxT)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
