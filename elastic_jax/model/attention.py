@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,8 +21,6 @@ from elastic_jax.model.shapes import lead
 
 # Of sequences longer than LONGEST, ROWS queries at a time meet all keys.
 LONGEST, ROWS = 2048, 512
-# Queries at a time that meet a cache on CPU, and the narrowest part of the cache that is compiled for them.
-FILLED_ROWS = 64
 
 
 class KVCache(NamedTuple):
@@ -74,7 +73,8 @@ def attention(
         keys, values = cache.k_BxKxHxS.astype(x_BxTxD.dtype), cache.v_BxKxSxH.astype(x_BxTxD.dtype)
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
         inputs = q_BxTxKxQxH, keys, values, last_BxT
-        heads_BxTxKxQxH = jax.lax.platform_dependent(*inputs, cpu=_attend_filled, default=_attend_cached)
+        on_cpu, on_tpu = partial(_attend_filled, rows=64, narrowest=64), partial(_attend_filled, rows=256, narrowest=128)
+        heads_BxTxKxQxH = jax.lax.platform_dependent(*inputs, cpu=on_cpu, tpu=on_tpu, default=_attend_cached)
     # Flat, so that not even XLA on CPU transposes the kernel.
     o_NxD = params['o'].reshape(-1, params['o'].shape[-1])
     y_BxTxD = leave(linear(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), o_NxD), axes)
@@ -140,15 +140,16 @@ def _attend(q_BxTxKxQxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, 
 
 
 def _attend_filled(
-    q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, last_BxT: jax.Array, rows: int = FILLED_ROWS
+    q_BxTxKxQxH: jax.Array, k_BxKxHxS: jax.Array, v_BxKxSxH: jax.Array, last_BxT: jax.Array, rows: int, narrowest: int
 ) -> jax.Array:
     """`_attend_cached` that leaves out the slots after the last that any row may see, `rows` queries at a time.
 
-    Few widths are compiled, and the first that is wide enough is chosen by the rows' lengths, so a cache costs what it holds
-    and not what it could hold, and a prompt's first queries do not meet its last keys.
+    Few widths are compiled, from `narrowest` doubling, and the first that is wide enough is chosen by the rows' lengths: a cache
+    costs what it holds and not what it could hold, and a prompt's first queries do not meet its last keys. On TPU `narrowest`
+    is a lane's 128, as a narrower part would be cut out of a copy of the whole cache.
     """
     slots, length = v_BxKxSxH.shape[2], q_BxTxKxQxH.shape[1]
-    widths = [FILLED_ROWS << n for n in range(slots.bit_length()) if FILLED_ROWS << n < slots] + [slots]
+    widths = [narrowest << n for n in range(slots.bit_length()) if narrowest << n < slots] + [slots]
 
     def within(width: int) -> Callable[..., jax.Array]:
         return lambda q, last: _attend_cached(q, k_BxKxHxS[..., :width], v_BxKxSxH[:, :, :width], last)

@@ -1,6 +1,7 @@
 """Grouped-query attention with every option against loops in float64."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,10 @@ def test_long_sequences_in_pieces_are_the_whole(segmented):
         np.testing.assert_allclose(pieces, whole, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize('rows, narrowest', [(64, 64), (256, 128)])
 @pytest.mark.parametrize('length', [1, 40, 128])
 @pytest.mark.parametrize('slots', [64, 96, 384])
-def test_a_cache_is_read_as_far_as_its_rows_are_filled(length, slots):
+def test_a_cache_is_read_as_far_as_its_rows_are_filled(slots, length, rows, narrowest):
     """Against a float64 softmax over each query's own slots; slots past the next compiled width are poisoned with NaN."""
     rng, (batch, heads, group, dim) = np.random.default_rng(slots + length), (3, 2, 2, 8)
     for start_B in (np.asarray([0, 5, 17]), rng.integers(0, slots, batch)):
@@ -80,7 +82,7 @@ def test_a_cache_is_read_as_far_as_its_rows_are_filled(length, slots):
             scores = np.einsum('kqh,khs->kqs', q[b, t].astype(np.float64), k[b, ..., seen]) / np.sqrt(dim)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             expected[b, t] = np.einsum('kqs,ksh->kqh', weights / weights.sum(-1, keepdims=True), v[b, :, seen])
-        width = next((width for width in (64, 128, 256) if last_BxT.max() < width), slots)
+        width = next((width for width in (64, 128, 256) if max(narrowest, last_BxT.max() + 1) <= width), slots)
         k[..., width:], v[:, :, width:] = np.nan, np.nan
-        found = jax.jit(_attend_filled)(q, k, v, last_BxT)
+        found = jax.jit(partial(_attend_filled, rows=rows, narrowest=narrowest))(q, k, v, last_BxT)
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
