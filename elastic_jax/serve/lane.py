@@ -75,6 +75,7 @@ class Lane:
         # Rows that may be taken out: how many tokens each held at its mark, and the marks of all.
         self.marked: dict[int, int] = {}
         self._mark: Mark | None = None
+        self._drawing: set[int] = set()  # rows that are sure to draw in the next piece
 
     @property
     def bytes(self) -> int:
@@ -141,6 +142,7 @@ class Lane:
         """Frees a slot: its row stands still until another joins."""
         self.left[slot] = 0
         self.marked.pop(slot, None)
+        self._drawing.discard(slot)
 
     def take(self, weights: Weights, slot: int, tokens: list[int]) -> Cache:
         """The cache of a row, were it to hold just these tokens: no fewer than at its mark, and the same up to there."""
@@ -154,6 +156,11 @@ class Lane:
 
     def piece(self, weights: Weights, steps: int) -> tuple[list[list[int]], list[bool]]:
         """(the next tokens of every slot, at most `steps`, and none of a free one; whether its row waits, unsure)."""
+        # Before the piece, not after it: what it draws may be more than the row is to keep, and the mark must not be past that.
+        if moved := self._drawing & self.marked.keys():
+            chosen = np.isin(np.arange(self.slots), list(moved))
+            self._mark = move_mark(self._mark, self.state.cache, chosen)
+            self.marked |= {slot: self.lengths[slot] for slot in moved}
         state = self.state._replace(left_B=np.asarray(self.left, np.int32))
         self.state, tokens_BxN, going_B = advance(weights, state, np.int32(steps))
         gained = [[token for token in row if token != NO_TOKEN] for row in np.asarray(tokens_BxN).tolist()]
@@ -161,10 +168,7 @@ class Lane:
             self.lengths[slot] += len(new)
             self.left[slot] = 0 if new and new[-1] in self.stop_ids else self.left[slot] - len(new)
         going = np.asarray(going_B).tolist()
-        if self.marked:
-            moved = [slot in self.marked and going[slot] for slot in range(self.slots)]
-            self._mark = move_mark(self._mark, self.state.cache, np.asarray(moved))
-            self.marked |= {slot: self.lengths[slot] for slot in self.marked if moved[slot]}
+        self._drawing = {slot for slot, on in enumerate(going) if on}
         return gained, [left > 0 and not on for left, on in zip(self.left, going, strict=True)]
 
 

@@ -90,6 +90,21 @@ def test_thinking_and_answering_are_those_of_budget_control(pair, switch, entrop
         assert (told.last.thinking_tokens, told.last.finish) == (drawn, thought.answer.finish)
 
 
+def test_thoughts_that_are_handed_over_end_at_their_delimiter_wherever_it_is_in_a_piece():
+    """The thinking size goes on past it in the same piece; cold sampling with a penalty shows a cache that holds too much."""
+    cold, small, jobs = Sampling(0.15, repetition_penalty=1.2), SIZES.weights('small'), []
+    for prompt in ('v', 'klm', 'abcdef'):
+        (free,) = generate(small, LETTERS, [prompt + 'uv'], 12, cold, seeds=[2])
+        jobs += [(prompt, Control(12, 12, 'uv', free.text[at : at + 2], 'hand-over')) for at in range(2, 7)]
+    engine, found = Engine(SIZES, dataclasses.replace(LIMITS, queue=len(jobs))), [Told() for _ in jobs]
+    for (prompt, control), told in zip(jobs, found, strict=True):
+        engine.submit(job(prompt + 'uv', 'small', 12, sampling=cold, seed=2, think='small', control=control), told)
+    run(engine)
+    for (prompt, control), told in zip(jobs, found, strict=True):
+        (thought,), _ = think_then_answer(small, small, LETTERS, [prompt], control, cold, seeds=[2])
+        assert (told.last.thinking, told.last.text) == (thought.thinking, thought.answer.text)
+
+
 def test_caches_that_wait_for_a_slot_are_no_more_than_slots():
     """The answering size is busy when all have thought."""
     engine, busy, found = Engine(SIZES, dataclasses.replace(LIMITS, slots=1, queue=8)), Told(), [Told() for _ in range(5)]
