@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -123,6 +124,8 @@ class HFTokenizer:
         generation = _read_json(Path(folder) / 'generation_config.json')
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *token_ids(generation.get('eos_token_id')), *also_stop]))
         self.chat_template = _chat_template(Path(folder), self.config)
+        self._bytes = self._fallback()
+        self._hidden = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def _special(self, name: str) -> int:
         token = self.config.get(name)
@@ -157,16 +160,38 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Text, with or without the special tokens."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
+        ids = [int(i) for i in ids]
+        if self._bytes.keys().isdisjoint(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=not special)
+        # The library makes a whole run of byte tokens unreadable for one character of it that is not complete: a text that grows
+        # would take back what it has shown. So the runs are read here.
+        hidden = () if special else self._hidden
+        shown = [i for i in ids if i not in hidden and self.tokenizer.id_to_token(i) is not None]
+        tokens: list[str] = []
+        for is_bytes, run in itertools.groupby(shown, self._bytes.__contains__):
+            if is_bytes:
+                tokens.append(bytes(self._bytes[i] for i in run).decode(errors='replace'))
+            else:
+                tokens.extend(map(self.tokenizer.id_to_token, run))
+        return self.tokenizer.decoder.decode(tokens)
+
+    def _fallback(self) -> dict[int, int]:
+        """The tokens that stand for a byte of a character without a token of its own; none where bytes are read otherwise."""
+        found = {self.tokenizer.token_to_id(f'<0x{byte:02X}>'): byte for byte in range(256)}
+        found.pop(None, None)
+        return found if found and 'ByteFallback' in self._decoders() else {}
+
+    def _decoders(self) -> set[str | None]:
+        """The kinds of step by which tokens become text."""
+        decoder = json.loads(self.tokenizer.to_str()).get('decoder') or {}
+        return {decoder.get('type')} | {part.get('type') for part in decoder.get('decoders', [])}
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, [vocab_size]; special tokens stand for none."""
-        decoder = json.loads(self.tokenizer.to_str()).get('decoder') or {}
-        kinds = {decoder.get('type')} | {part.get('type') for part in decoder.get('decoders', [])}
-        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        kinds = self._decoders()
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items():
-            if i in special:
+            if i in self._hidden:
                 continue
             if 'ByteLevel' in kinds:
                 lengths[i] = len(token)  # one printable character per byte

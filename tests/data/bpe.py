@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer with the special tokens of a chat, trained on the spot."""
+"""Small tokenizers: byte-level BPE with the special tokens of a chat, trained on the spot; letters with byte fallback."""
 
 import json
 from pathlib import Path
@@ -16,4 +16,19 @@ def write_tokenizer(folder: Path, specials: tuple[str, ...] = ('<end>',), **conf
     tokenizer.train_from_iterator(['def function(argument): return argument * 2 # größe'] * 50, trainer)
     tokenizer.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>', **config}))
+    return folder
+
+
+def write_byte_fallback(folder: Path) -> Path:
+    """Writes one as Llama 2 has: letters, a space before every text, and bytes for all other characters."""
+    tokens = ['<unk>', '<end>', *(f'<0x{byte:02X}>' for byte in range(256)), *'\u2581abcdefghijklmnopqrstuvwxyz<>/']
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token='<unk>'))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+    steps = [decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(['<end>'])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>'}))
     return folder

@@ -1,5 +1,6 @@
 """Tokenizers round-trip text and account for its bytes."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from elastic_jax.errors import UserError
-from tests.data.bpe import write_tokenizer
+from elastic_jax.infer.text import complete
+from tests.data.bpe import write_byte_fallback, write_tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -36,6 +38,19 @@ def test_a_hugging_face_tokenizer_round_trips_and_its_tokens_bytes_add_up(bpe_fo
     assert tokenizer.byte_lengths()[tokenizer.eos_id] == 0 and tokenizer.vocab_size == len(tokenizer.byte_lengths())
     assert load_tokenizer(tokenizer.spec).eos_id == tokenizer.eos_id
     assert ids.dtype == np.int32
+
+
+def test_a_growing_text_of_byte_tokens_keeps_what_it_has_shown(tmp_path):
+    """Characters without tokens of their own, one after another: each is shown once it is complete, whatever follows."""
+    tokenizer = load_tokenizer(str(write_byte_fallback(tmp_path)))
+    text = 'ab …日 🙂🙂c'
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.decode(ids) == tokenizer.tokenizer.decode(ids) == text
+    shown = [complete(ids[:count], tokenizer, (), 100).text for count in range(1, len(ids) + 1)]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(shown)) and shown[-1] == text
+    assert complete(ids[:9], tokenizer, (), 9).text == 'ab …\ufffd'  # ended within a character
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_id], special=True) == text + '<end>'
 
 
 def test_all_tokens_that_a_model_names_as_ends_end_what_it_writes(tmp_path):
