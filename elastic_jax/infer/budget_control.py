@@ -184,7 +184,13 @@ def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Tho
     drawn = drawn[:end]
     text = tokenizer.decode(drawn)
     cut = first_stop(text, [control.closing])
-    if cut is not None:
+    if control.closing not in tokenizer.decode(closing):
+        # A special token, which no text shows: the delimiter is looked for among the tokens.
+        lengths = range(len(closing), len(drawn) + 1)
+        count = next((count for count in lengths if drawn[count - len(closing) : count] == closing), None)
+        if count is not None:
+            return Thoughts(drawn[:count], count, True)
+    elif cut is not None:
         count = tokens_until(drawn, tokenizer, [control.closing])
         closed = text[: cut + len(control.closing)]
         if tokenizer.decode(drawn[:count]) == closed:

@@ -80,6 +80,21 @@ def test_thoughts_end_at_their_delimiter_though_the_text_ends_in_the_same_piece(
     assert thought.answer.text == free.text[start + 1 : end] and thought.answer.finish == 'stop'
 
 
+@pytest.mark.parametrize('switch', ['recompute', 'hand-over'])
+def test_a_delimiter_that_text_does_not_show_ends_thoughts_too(switch):
+    """As a special token, which decoding leaves out."""
+    (free,) = generate(SIZES['small'], LETTERS, ['abcde' + OPENING], 16, WARM, seeds=[2])
+    letter = next(letter for i, letter in enumerate(free.text) if i > 2 and letter not in free.text[:i])
+    hiding = ending_at(*LETTERS.stop_ids)
+    hiding.decode = lambda ids: LETTERS.decode(ids).replace(letter, '')
+    expected, found = (
+        think_then_answer(SIZES['small'], SIZES['full'], tokenizer, ['abcde'], control(switch, letter), WARM, seeds=[2])[0][0]
+        for tokenizer in (LETTERS, hiding)
+    )
+    assert found.thinking == expected.thinking == free.text.partition(letter)[0]
+    assert found.answer.tokens == expected.answer.tokens
+
+
 def test_both_switches_draw_alike_where_the_sizes_are_one():
     recomputed, handed = (think('small', 'small', control(switch))[0] for switch in ('recompute', 'hand-over'))
     assert recomputed == handed and agreement(recomputed, handed) == 1.0
