@@ -15,6 +15,8 @@ import numpy as np
 
 from elastic_jax.errors import UserError
 
+LEAST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -48,12 +50,14 @@ class Knobs(NamedTuple):
 
 def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
     """The settings of rows as arrays [B]."""
-    column = lambda name, dtype: np.asarray([getattr(sampling, name) for sampling in samplings], dtype)
+    column = lambda values, dtype: np.asarray(list(values), dtype)
+    # What is above 0 stays so in float32, and logits divided by it stay finite; no count is too large for an int32.
+    least = lambda value: max(value, LEAST) if value > 0 else value
     return Knobs(
-        column('temperature', np.float32),
-        np.minimum(column('top_k', np.int64), 2**31 - 1).astype(np.int32),
-        column('top_p', np.float32),
-        column('repetition_penalty', np.float32),
+        column((least(sampling.temperature) for sampling in samplings), np.float32),
+        column((min(sampling.top_k, 2**31 - 1) for sampling in samplings), np.int32),
+        column((least(sampling.top_p) for sampling in samplings), np.float32),
+        column((sampling.repetition_penalty for sampling in samplings), np.float32),
     )
 
 

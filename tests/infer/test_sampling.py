@@ -46,7 +46,14 @@ CASES = [
     Sampling(1.3, top_k=5, top_p=0.7, repetition_penalty=1.7),
     Sampling(1.0, top_k=2, top_p=0.999),
     Sampling(1.0, top_p=1e-6),
+    Sampling(1.0, top_p=1e-50),
+    Sampling(1.0, top_k=10**20),
 ]
+
+
+def test_the_coldest_temperature_is_greedy():
+    probabilities = token_probabilities(np.asarray([[0.5, -1.0, 3.0, 2.0]]), np.zeros((1, 4), bool), knobs_of([Sampling(1e-40)]))
+    np.testing.assert_array_equal(probabilities, [[0, 0, 1, 0]])
 
 
 def test_every_row_has_the_distribution_that_it_asked_for():
