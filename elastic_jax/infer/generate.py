@@ -70,7 +70,12 @@ def generate(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of every prompt. Raises UserError when there is none, or one is empty."""
+    """Token ids of every prompt. Raises UserError when there is none, or one is empty or no Unicode text."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 come as lone surrogates
+            raise UserError(f'a prompt is no Unicode text ({error}); give it in UTF-8') from error
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if not encoded or min(map(len, encoded)) == 0:
         raise UserError('a prompt is empty; give at least one character')
@@ -87,7 +92,7 @@ def per_prompt(sampling: Sampling | Sequence[Sampling], prompts: Sequence[str]) 
 
 def seeds_of(seeds: Sequence[int] | int, prompts: Sequence[str]) -> list[int]:
     """One seed for each prompt."""
-    own = [seeds + row for row in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+    own = [seeds + row for row in range(len(prompts))] if isinstance(seeds, int | np.integer) else list(seeds)
     if len(own) != len(prompts):
         raise UserError(f'{len(own)} seeds for {len(prompts)} prompts; give one, or one for each')
     return own

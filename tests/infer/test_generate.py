@@ -79,6 +79,7 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another():
     assert texts[0] == texts[1] != texts[2]
     first, second = generate(WEIGHTS, LETTERS, ['abc', 'abc'], 30, WARM, seeds=6)
     assert second.text == texts[0] != first.text
+    assert generate(WEIGHTS, LETTERS, ['abc'], 30, WARM, seeds=np.int64(7))[0].text == texts[0]
 
 
 def test_a_prompt_longer_than_the_largest_chunk_is_prefilled_in_several():
@@ -150,6 +151,7 @@ def test_other_requests_compile_nothing_new():
     [
         (([],), 'a prompt is empty'),
         ((['a', ''],), 'a prompt is empty'),
+        ((['a\udcff'],), 'a prompt is no Unicode text'),
         ((['a'], 0), 'max_tokens=0 must be at least 1'),
         ((['a'], 1, [WARM, WARM]), '2 samplings for 1 prompts'),
         ((['a'], 1, WARM, 'ab'), 'give a list of strings'),
