@@ -309,10 +309,13 @@ class Checkpoint:
           tasks: JSONL files (evaluate/tasks.py), whose scores stand under `tasks` by name. limit: questions of each.
           context, batches: of the text, in batches of 8 rows.
         """
+        read = [read_task(path) for path in tasks]
+        names = [task.name for task in read]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f'two tasks are named {twice}, each after its file; rename one of the files')
         texts = {
             name: self.heldout(name, context, batches=batches) for name in ([data] if isinstance(data, str | None) else data)
         }
-        read = [read_task(path) for path in tasks]
         sizes, scores = self.load_sizes(budgets, widths=widths), {}
         for name in sizes.archs:
             weights = sizes.weights(name)

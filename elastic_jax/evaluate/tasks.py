@@ -69,6 +69,8 @@ _SHAPES = 'give lines of {"context", "choices", "answer": index}, or of {"prompt
 
 def _question(given: dict) -> Choice | Exact:
     if 'choices' in given:
+        if not isinstance(given['choices'], list):
+            raise ValueError(f'choices {given["choices"]!r} are not a list')
         choices = tuple(given['choices'])
         if not isinstance(given['answer'], int) or not 0 <= given['answer'] < len(choices):
             raise ValueError(f'answer {given["answer"]!r} is not the index of one of {len(choices)} choices')
@@ -78,7 +80,11 @@ def _question(given: dict) -> Choice | Exact:
     answers = (given['answer'],) if isinstance(given['answer'], str) else tuple(given['answer'])
     if not given['prompt'] or not answers:
         raise ValueError('prompt and answer must not be empty')
-    return Exact(given['prompt'], answers, tuple(given.get('stop', ('\n',))))
+    stop = given.get('stop', ('\n',))
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) for text in (given['prompt'], *answers, *stop)) or '' in stop:
+        raise ValueError('prompt, answers and stop strings are texts, and no stop string is empty')
+    return Exact(given['prompt'], answers, stop)
 
 
 def run_task(weights: Weights, tokenizer: Tokenizer, task: Task, limit: int | None = None) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Tasks, likelihoods and evaluators: against log-probabilities summed from plain logits, and answers known beforehand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from elastic_jax.errors import UserError
 from elastic_jax.evaluate.evaluators import make_evaluators
 from elastic_jax.evaluate.likelihood import likelihoods
 from elastic_jax.evaluate.tasks import read_task, run_task
+from elastic_jax.hf.importing import import_checkpoint
+
+FIXTURE = Path(__file__).parents[1] / 'hf' / 'fixtures' / 'qwen3'
 
 QUESTIONS = [
     {'context': 'def read(', 'choices': ['self)', 'x', 'import os'], 'answer': 1},
@@ -94,6 +98,9 @@ def test_exact_match_counts_the_texts_that_are_an_answer(finished_run, model, tm
         ('{"context": "a", "choices": ["b"], "answer": 1}', r'line 2 is no question .*not the index of one of 1 choices'),
         ('{"context": "a"}', r"line 2 is no question \(KeyError\('prompt'\)|line 2 is no question \(KeyError\('answer'\)"),
         ('{"prompt": "a", "answer": "b"', 'line 2 is no question'),
+        ('{"prompt": "a", "answer": [5]}', 'line 2 is no question .*answers and stop strings are texts'),
+        ('{"prompt": "a", "answer": "b", "stop": [""]}', 'line 2 is no question .*no stop string is empty'),
+        ('{"context": "a", "choices": "bc", "answer": 1}', "line 2 is no question .*'bc' are not a list"),
         ('{"prompt": "a", "answer": "b"}', 'both kinds of question'),
     ],
 )
@@ -102,6 +109,22 @@ def test_what_is_no_question_is_said_with_file_and_line(tmp_path, line, message)
     path.write_text(json.dumps(QUESTIONS[0]) + '\n' + line)
     with pytest.raises(UserError, match=message):
         read_task(path)
+
+
+def test_one_stop_string_is_not_its_letters(tmp_path):
+    path = write(tmp_path / 'task.jsonl', [{'prompt': 'a', 'answer': 'b', 'stop': stop} for stop in ('END', ['END'])])
+    assert [question.stop for question in read_task(path).questions] == [('END',), ('END',)]
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    """Scores stand by name: one of the two would be lost."""
+    import_checkpoint(FIXTURE, tmp_path / 'run')
+    paths = [tmp_path / folder / 'sums.jsonl' for folder in 'ab']
+    for path in paths:
+        path.parent.mkdir()
+        write(path, QUESTIONS)
+    with pytest.raises(UserError, match='two tasks are named sums'):
+        elastic_jax.open_checkpoint(tmp_path / 'run').evaluate(data=str(paths[0]), tasks=list(map(str, paths)))
 
 
 def test_an_evaluator_that_is_not_one_is_said_by_name(tmp_path):
