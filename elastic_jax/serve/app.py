@@ -57,14 +57,15 @@ class Service:
     def tokenizer(self) -> Any:
         return self.runner.engine.sizes.tokenizer
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
-        """Tokens of a prompt that is text, or tokens already."""
+    def encode(self, prompt: str | list[int], opening: str = '') -> list[int]:
+        """Tokens of a prompt that is text, or tokens already, and of what opens the thoughts after it."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt).tolist()
+            # As one text, as `elastic generate` has it: a tokenizer may join the two, or begin every text with a space.
+            return self.tokenizer.encode(prompt + opening).tolist()
         wrong = next((token for token in prompt if not 0 <= token < self.tokenizer.vocab_size), None)
         if wrong is not None:
             raise UserError(f'prompt: token {wrong} is not of the vocabulary of {self.tokenizer.vocab_size}')
-        return prompt
+        return [*prompt, *self.tokenizer.encode(opening).tolist()]
 
     def jobs(self, body: Common, prompts: list[Any], max_tokens: int, stop: tuple[str, ...]) -> list[Job]:
         """`body.n` jobs for every prompt, each with a seed of its own."""
@@ -72,11 +73,11 @@ class Service:
             if name not in self.budgets:
                 raise Refused(404, unknown_name('model', name, list(self.budgets)), param='model', code='model_not_found')
         control, sampling = body.control(max_tokens), body.sampling
-        opening = self.encode(body.opening) if control else []
+        opening = body.opening if control else ''
         seed = secrets.randbits(31) if body.seed is None else body.seed
         jobs = []
         for prompt in prompts:
-            tokens = tuple([*self.encode(prompt), *opening])
+            tokens = tuple(self.encode(prompt, opening))
             for _ in range(body.n):
                 own = seed + len(jobs)
                 jobs.append(Job(tokens, body.answers, max_tokens, sampling, stop, own, body.think, control))
@@ -116,9 +117,9 @@ class Service:
         except ValueError as error:
             raise UserError(f'messages: {error}') from error
         # Without a limit, an answer may be as long as there is room.
-        room = self.runner.engine.limits.context - len(self.encode(prompt))
+        room = self.runner.engine.limits.context - len(self.encode(prompt, body.opening if body.think else ''))
         if body.think:
-            room -= body.thinking_tokens + len(self.encode(body.opening)) + 2 * len(self.encode(body.closing))
+            room -= body.thinking_tokens + 2 * len(self.encode(body.closing))
         return await self._answer(request, body, True, [prompt], body.limit(max(room, 1)), (*(body.stop or ()), *self.turn_end))
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     limits = Limits(arguments.slots, arguments.queue, arguments.context, arguments.seconds)
     if arguments.body_bytes < 1:
         raise UserError(f'--body-bytes={arguments.body_bytes} must be above 0')
+    if not 0 <= arguments.port < 2**16:
+        raise UserError(f'--port={arguments.port} must be from 0 to 65535')
     checkpoint = open_checkpoint(arguments.checkpoint)
     budgets = arguments.budgets.split(',') if arguments.budgets else None
     sizes = checkpoint.load_sizes(budgets, limit_bytes=arguments.slice_bytes, dtype=arguments.dtype)

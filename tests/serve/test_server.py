@@ -1,6 +1,7 @@
 """The server as its users meet it: OpenAI's own client, over loopback, against a real server."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -18,16 +19,20 @@ import uvicorn
 
 from elastic_jax.arch import MLP, Arch, Mamba
 from elastic_jax.checkpoint.manifest import Budget
+from elastic_jax.cli import main
 from elastic_jax.cost import cost_of
-from elastic_jax.data.tokenizers import ByteTokenizer
+from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from elastic_jax.infer.budget_control import Control, think_then_answer
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.resident import Resident
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
 from elastic_jax.serve.app import make_app
-from elastic_jax.serve.engine import Limits
+from elastic_jax.serve.engine import Engine, Limits
+from elastic_jax.serve.runner import Runner
+from elastic_jax.serve.schema import CompletionRequest
 from elastic_jax.serve.server import make_service
+from tests.data.bpe import write_byte_fallback
 from tests.infer.tiny import ATTENTION
 from tests.tiny import numpy_params
 
@@ -170,6 +175,16 @@ def test_a_request_says_how_thinking_is_limited_and_handed_on(client, own):
     assert drawn == expected.thinking_tokens + expected.continued_tokens and done.model == 'full'
 
 
+def test_a_prompt_and_what_opens_the_thoughts_are_one_text(served, tmp_path):
+    """A tokenizer that begins every text with a space puts none between the two."""
+    tokenizer = load_tokenizer(str(write_byte_fallback(tmp_path)))
+    sizes = Sizes(SIZES.resident, ARCHS, tokenizer)
+    service = dataclasses.replace(served.service, runner=Runner(Engine(sizes, LIMITS)))
+    body = CompletionRequest(model='full', think='small', prompt='abc')
+    (job,) = service.jobs(body, body.prompts, 4, ())
+    assert list(job.tokens) == tokenizer.encode('abc<think>').tolist()
+
+
 def test_concurrent_streams_each_get_their_own_text(served):
     async def one(client, index):
         parts = []
@@ -297,6 +312,12 @@ def test_a_request_that_takes_too_long_and_a_step_that_fails_end_in_errors_and_t
         assert served.client().completions.create(**GOOD, temperature=0).choices[0].text == expected
     finally:
         served.close()
+
+
+def test_a_port_that_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(['serve', '--checkpoint', 'nowhere', '--port', '99999'])
+    assert done.value.code == 2 and '--port=99999 must be from 0 to 65535' in capsys.readouterr().err
 
 
 @pytest.mark.slow
