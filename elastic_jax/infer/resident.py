@@ -69,15 +69,19 @@ class Resident:
         self.evictions = 0
         self._slices: OrderedDict[Arch, Any] = OrderedDict()
 
-    def weights(self, arch: Arch) -> Weights:
-        """A size to run; its slice is kept if it fits the limit. Raises UserError when `arch` does not nest."""
+    def weights(self, arch: Arch, evict: bool = True) -> Weights:
+        """A size to run; its slice is kept if it fits the limit. Raises UserError when `arch` does not nest.
+
+        evict: whether others may be let go of for it. Not where those are held and run all the time, as a server's are.
+        """
         problem = arch.why_not_nested(self.arch)
         if problem:
             raise UserError(problem)
         if arch == self.arch:
             return self._weights(self.params, self.arch, self.arch)
         if arch not in self._slices:
-            if self.limit_bytes is not None and self.slice_bytes(arch) > self.limit_bytes:
+            beside = () if evict else self._slices.values()
+            if self.limit_bytes is not None and self._kept_bytes([*beside, self._abstract(arch)]) > self.limit_bytes:
                 return self._weights(self.params, self.arch, arch)
             self._make_room(arch)
             self._slices[arch] = self._cut(arch)

@@ -25,11 +25,15 @@ class Sizes:
     def __init__(self, resident: Resident, archs: Mapping[str, Arch], tokenizer: Tokenizer):
         self.resident, self.archs, self.tokenizer = resident, dict(archs), tokenizer
 
-    def weights(self, budget: str) -> Weights:
-        """What the programs of `infer` run for a size. Raises UserError for an unknown one."""
+    def arch(self, budget: str) -> Arch:
+        """The Arch of a size. Raises UserError for an unknown one."""
         if budget not in self.archs:
             raise UserError(unknown_name('budget', budget, list(self.archs)))
-        return self.resident.weights(self.archs[budget])
+        return self.archs[budget]
+
+    def weights(self, budget: str, evict: bool = True) -> Weights:
+        """What the programs of `infer` run for a size; `evict` as of `Resident.weights`. Raises UserError for an unknown one."""
+        return self.resident.weights(self.arch(budget), evict)
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the resident parameters and of the slices kept beside them; see `Resident.report`."""

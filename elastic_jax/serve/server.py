@@ -34,16 +34,20 @@ def make_service(
 
 def warm(engine: Engine) -> None:
     """Compiles all that will be needed, before anyone waits for it."""
+
+    def run(job: Job) -> None:
+        # One by one: the queues may be shorter than what is to be compiled.
+        engine.submit(job, lambda progress: None)
+        while engine.step():
+            pass
+
     for name in engine.sizes.archs:
         for length in (250, 60, 10):
-            length = min(length, engine.limits.context - 1)
-            engine.submit(Job((0,) * length, name, 1), lambda progress: None)
+            run(Job((0,) * min(length, engine.limits.context - 1), name, 1))
     room = min(10, engine.limits.context - 4)
     for think, answer in itertools.permutations(engine.sizes.archs, 2) if room > 0 else ():
         control = Control(1, 1, closing=' ', switch='hand-over')
-        engine.submit(Job((0,) * room, answer, 1, think=think, control=control), lambda progress: None)
-    while engine.step():
-        pass
+        run(Job((0,) * room, answer, 1, think=think, control=control))
 
 
 def serve(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from elastic_jax.errors import UserError
@@ -13,6 +14,7 @@ from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
 from elastic_jax.serve import lane
 from elastic_jax.serve.engine import Engine, Job, Limits, Overloaded
+from elastic_jax.serve.server import warm
 from tests.infer.tiny import HYBRID, LETTERS, budgets_of, random_weights
 
 BUDGETS = {name: arch for name, arch in budgets_of(HYBRID).items() if name != 'mid'}
@@ -184,6 +186,30 @@ def test_other_requests_compile_nothing_new():
             engine.step()
     run(engine)
     assert [program._cache_size() for program in programs] == counts
+
+
+def test_slices_of_a_server_keep_to_their_limit_and_requests_cut_none_anew():
+    """Either of two slices fits, both do not: one of the sizes runs without."""
+    archs = {**budgets_of(HYBRID), 'other': HYBRID.narrow(embed=13)}
+    whole = Resident(random_weights(HYBRID).params, HYBRID)
+    limit = max(whole.slice_bytes(arch) for arch in archs.values())
+    resident = Resident(whole.params, HYBRID, limit_bytes=limit)
+    engine, told = Engine(Sizes(resident, archs, LETTERS), LIMITS), {name: Told() for name in archs}
+    for name in archs:
+        engine.submit(job('abc', name, 5), told[name])
+    run(engine)
+    own = {id(leaf): leaf.nbytes for weights in engine._weights.values() for leaf in jax.tree.leaves(weights.params)}
+    resident_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))
+    assert 0 < resident.report()['slices_bytes'] == sum(own.values()) - resident_bytes <= limit
+    assert resident.evictions == 0
+    for name, arch in archs.items():
+        assert told[name].last.text == generate(random_weights(HYBRID, arch), LETTERS, ['abc'], 5)[0].text
+
+
+def test_a_server_of_one_slot_and_a_queue_of_one_compiles_all_it_needs():
+    engine = Engine(SIZES, Limits(slots=1, queue=1, context=64))
+    warm(engine)
+    assert engine.outstanding == 0
 
 
 def test_memory_is_reported():
