@@ -63,13 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
     if bool(arguments.think) != bool(arguments.answer):
         raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
+    if arguments.compare and not arguments.draft:
+        raise UserError('--compare sets drafts against plain decoding; name the size that drafts with --draft')
     if arguments.think:
         if arguments.budget or arguments.draft:
             raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
         result, shown = _think(arguments, checkpoint, sampling)
     else:
-        if arguments.compare and not arguments.draft:
-            raise UserError('--compare sets drafts against plain decoding; name the size that drafts with --draft')
         result, shown = _continue(arguments, checkpoint, sampling)
     print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
