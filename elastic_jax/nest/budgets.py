@@ -35,10 +35,6 @@ class AxisChoices:
     def rows(self) -> int:
         return len(self.blocks) if self.per_layer else 1
 
-    def names(self) -> tuple[str, ...]:
-        """The name of each row, as `Arch.narrow` takes it."""
-        return tuple(f'{self.axis}@{i}' for i in self.blocks) if self.per_layer else (self.axis,)
-
 
 Grid = tuple[AxisChoices, ...]
 Point = dict[str, tuple[int, ...]]  # axis -> index of the choice in each row
@@ -73,9 +69,20 @@ def make_grid(
         step = axis_step(parent, name, layout, multiple)
         widths = sorted({_width(name, value, full, step) for value in values} | {full}, reverse=True)
         for width in widths:
-            layout.check(parent.narrow({name: width}))
+            layout.check(parent.narrow(fitted(parent, name, width)))
         grid.append(AxisChoices(name, tuple(widths), tuple(by_block), name in per_layer and AXES[name].kind is not None))
     return tuple(grid)
+
+
+def fitted(parent: Arch, name: str, width: int, blocks: Sequence[int] | None = None) -> dict[str, int]:
+    """A choice of an axis as `Arch.narrow` takes it: a heterogeneous parent's narrower blocks keep their own width.
+
+    A width that no block has stays as it is, so that `narrow` refuses it. `blocks`: those that make the choice; None: all.
+    """
+    own = parent.layer_widths(name)
+    if AXES[name].kind is None or width > max(own.values()):
+        return {name: width}
+    return {f'{name}@{i}': min(width, own[i]) for i in (own if blocks is None else blocks)}
 
 
 def axis_step(parent: Arch, name: str, layout: Layout, multiple: int) -> int:
@@ -108,17 +115,12 @@ def smallest_point(grid: Grid) -> Point:
 
 
 def point_arch(parent: Arch, grid: Grid, point: Point) -> Arch:
-    """The submodel at a point of the grid. A heterogeneous parent's narrower blocks keep their own width."""
+    """The submodel at a point of the grid."""
     widths: dict[str, int] = {}
     for choices in grid:
-        own = parent.layer_widths(choices.axis)
-        for name, index in zip(choices.names(), point[choices.axis], strict=True):
-            width = choices.widths[index]
-            if AXES[choices.axis].kind is None:
-                widths[name] = width
-            else:
-                blocks = [int(name.split('@')[1])] if choices.per_layer else choices.blocks
-                widths |= {f'{choices.axis}@{i}': min(width, own[i]) for i in blocks}
+        rows = [(block,) for block in choices.blocks] if choices.per_layer else [choices.blocks]
+        for blocks, index in zip(rows, point[choices.axis], strict=True):
+            widths |= fitted(parent, choices.axis, choices.widths[index], blocks)
     return parent.narrow(widths)
 
 

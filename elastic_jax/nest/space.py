@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from elastic_jax.arch import AXES, Arch, unknown_name
 from elastic_jax.errors import UserError
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.nest.budgets import Grid, Point, axis_step, make_grid, point_arch
+from elastic_jax.nest.budgets import Grid, Point, axis_step, fitted, make_grid, point_arch
 
 Flat = tuple[int, ...]  # the index of the choice in every row, in the grid's order
 CostOf = Callable[[Arch], float]
@@ -136,7 +136,7 @@ def _spread(parent: Arch, name: str, known: set[int], layout: Layout, resolution
     legal = []
     for width in sorted(known | {width for width in even if low <= width <= full}):
         try:
-            parent.narrow({name: width})  # too few experts to choose from, say
+            parent.narrow(fitted(parent, name, width))  # too few experts to choose from, say
         except UserError:
             continue
         legal.append(width)

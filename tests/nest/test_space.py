@@ -10,7 +10,7 @@ from elastic_jax.arch import parse_widths
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.summary import format_widths
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.nest.budgets import make_grid
+from elastic_jax.nest.budgets import make_grid, point_arch
 from elastic_jax.nest.search import Candidate, Pool, non_dominated, search
 from elastic_jax.nest.space import at_cost, make_space, trained_line
 from tests.tiny import GROUPED_MOE, HYBRID, LLAMA
@@ -110,3 +110,17 @@ def test_the_same_seed_takes_the_same_way_and_a_bound_holds():
         ways.append(list(pool.found))
     assert ways[0] == ways[1] != ways[2]
     assert all(cost.parameters(arch) >= cost.parameters(SMALL) for arch in ways[0])
+
+
+@pytest.mark.parametrize('per_layer', [False, True], ids=['homogeneous', 'per layer'])
+def test_a_parent_whose_blocks_differ_has_a_grid_too(per_layer):
+    """A size that a router found per layer may be the next run's parent: a choice narrows only the blocks that are wider."""
+    parent = LLAMA.narrow({'mlp@3': 32})
+    grid = make_grid(parent, {'mlp': (1.0, 40, 24)}, ('mlp',) if per_layer else ())
+    rows = grid[0].rows
+    archs = [point_arch(parent, grid, {'mlp': (index,) * rows}) for index in range(3)]
+    assert [arch.layer_widths('mlp') for arch in archs] == [{1: 48, 3: 32}, {1: 40, 3: 32}, {1: 24, 3: 24}]
+    space = make_space(parent, [parent, archs[2]], grid, per_layer=per_layer)
+    assert all(arch.nests_in(parent) for arch in map(space.arch, space.points()))
+    with pytest.raises(UserError, match=r'mlp@1=50 does not nest: the parent has 48'):
+        make_grid(parent, {'mlp': (50,)})
