@@ -100,10 +100,27 @@ class TeacherCache:
         return range(group * self.per_file, min((group + 1) * self.per_file, self.batches))
 
     def begin(self) -> None:
-        """Says what is going to be written; by one process."""
+        """Says what is going to be written; by one process.
+
+        The cache may be there for fewer batches or be cut off: it is not complete from here on. Its files are kept where they
+        hold the same rows and batches. Otherwise they go: one of other rows may be just as long, and would be taken for its own.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / 'complete.json').unlink(missing_ok=True)
+        if not self._continues():
+            for path in self.folder.glob('*.bin'):
+                path.unlink()
         index = {'batches': self.batches, 'ranges': self.ranges, **dataclasses.asdict(self.spec)}
         (self.folder / 'index.json').write_text(json.dumps(index, indent=1))
+
+    def _continues(self) -> bool:
+        """Whether what is in the folder was written in files of the same rows and batches."""
+        try:
+            index = json.loads((self.folder / 'index.json').read_text())
+            before = TeacherCache(self.folder.parent, self.spec, index['batches'], index['ranges'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return (before.ranges, before.per_file) == (self.ranges, self.per_file)
 
     def finish(self) -> None:
         """Declares the cache complete; by one process, when all have written."""

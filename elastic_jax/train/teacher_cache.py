@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,12 +17,13 @@ from elastic_jax.data.stream import endless_stream
 from elastic_jax.data.teacher import TeacherCache, TeacherSpec
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.model.losses import top_k_log_probs
+from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.processes import all_agree, is_main
 from elastic_jax.parallel.sharding import batch_spec
 from elastic_jax.train.curriculum import Stage
 from elastic_jax.train.gradients import manual
 from elastic_jax.train.persist import initial_params
-from elastic_jax.train.programs import BATCH_KEYS
+from elastic_jax.train.programs import BATCH_KEYS, abstract_teacher
 from elastic_jax.train.setup import Plan, make_plan
 from elastic_jax.train.step import StepConfig, step_context, teacher_head
 
@@ -88,8 +88,14 @@ def cache_teacher(config: ConfigDict, say: Callable[[str], None]) -> list[Teache
     place = plan.place()
     params = initial_params(plan, place)
     parent = parameters_hash(params)
-    params = place.make(partial(jax.tree.map, lambda leaf: leaf.astype(jnp.dtype(config.dtype))), params)
+    params = as_teacher(params, plan, place)
     return [_cache_stage(plan, stage, place, params, parent, say) for stage in plan.stages]
+
+
+def as_teacher(params: Any, plan: Plan, place: Placement) -> Any:
+    """The parent's parameters in the dtypes that the frozen teacher is kept in: what must be float32 stays so."""
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract_teacher(plan, place))
+    return place.make(lambda tree: jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), tree, dtypes), params)
 
 
 def _cache_stage(plan: Plan, stage: Stage, place: Any, params: Any, parent: str, say: Callable[[str], None]) -> TeacherCache:
@@ -103,6 +109,7 @@ def _cache_stage(plan: Plan, stage: Stage, place: Any, params: Any, parent: str,
     cache = TeacherCache(root, spec, stage.steps, place.all_rows(stage.batch_size))
     if is_main():
         cache.begin()
+    all_agree(True)  # no process looks for files before those that do not fit are gone
     rows = place.rows(stage.batch_size)
     step_config = plan.step_config(stage, place.mesh if place.distributed else None)
     program = make_teacher_program(plan.parent, spec.k, step_config)

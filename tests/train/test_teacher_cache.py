@@ -3,16 +3,19 @@
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from elastic_jax.data import teacher
 from elastic_jax.data.teacher import TeacherCache, TeacherSpec
 from elastic_jax.errors import UserError
 from elastic_jax.metrics import read_metrics
 from elastic_jax.train import persist
 from elastic_jax.train.loop import train
 from elastic_jax.train.setup import make_plan
-from elastic_jax.train.teacher_cache import cache_teacher, parameters_hash
+from elastic_jax.train.teacher_cache import as_teacher, cache_teacher, parameters_hash
 from tests.train.test_controls import control
+from tests.train.tiny_experiment import get_config
 
 SPEC = TeacherSpec({'fingerprint': 'f', 'seed': 0}, 'p', vocab=300, k=3, tail=True, context=4)
 
@@ -61,6 +64,57 @@ def test_what_is_not_there_not_finished_too_short_or_damaged_is_said(tmp_path):
             cache.rows(batch, np.arange(6))
     path.write_bytes(bytes(raw[:-9]))
     assert sum(not cache.has(group, *own) for group in range(3) for own in cache.ranges) == 1
+
+
+def test_a_complete_cache_that_is_being_lengthened_is_not_complete(tmp_path):
+    written(tmp_path)[0].finish()
+    longer = TeacherCache(tmp_path, SPEC, 9, ((0, 2), (2, 6)))
+    longer.begin()  # and killed before the first file
+    with pytest.raises(UserError, match='is not finished'):
+        TeacherCache.open(tmp_path, SPEC, 9)
+
+
+def test_going_on_with_other_processes_takes_no_file_for_one_of_other_rows(tmp_path, monkeypatch):
+    """Half the rows in twice the batches are as many bytes: files of the one must not be read as the other's."""
+    monkeypatch.setattr(teacher, 'FILE_BYTES', 2 * SPEC.bytes_of(1, 2))
+    rng = np.random.default_rng(0)
+    ids, log_p = rng.integers(0, 300, (8, 2, 4, 3)), -rng.random((8, 2, 4, 4)).astype(np.float16)
+
+    def fill(cache, groups):
+        cache.begin()
+        for group in groups:
+            own = slice(cache.batches_of(group).start, cache.batches_of(group).stop)
+            for first, last in cache.ranges:
+                if not cache.has(group, first, last):
+                    cache.write(group, first, ids[own, first:last], log_p[own, first:last])
+
+    alone = TeacherCache(tmp_path, SPEC, 8, ((0, 2),))
+    fill(alone, range(1))
+    fill(alone, range(0))  # the same once more: what is there is kept
+    assert alone.has(0, 0, 2)
+    two = TeacherCache(tmp_path, SPEC, 8, ((0, 1), (1, 2)))
+    assert two.spec.bytes_of(two.per_file, 1) == alone.spec.bytes_of(alone.per_file, 2)
+    fill(two, range(two.groups))
+    two.finish()
+    found = TeacherCache.open(tmp_path, SPEC, 8)
+    for batch in range(8):
+        np.testing.assert_array_equal(found.rows(batch, np.arange(2))['teacher_ids'], ids[batch])
+        np.testing.assert_array_equal(found.rows(batch, np.arange(2))['teacher_log_p'], log_p[batch])
+
+
+def test_a_cached_teacher_in_bfloat16_is_the_frozen_one(tmp_path):
+    """Decays, gates and biases stay float32 in the parent that training pins; a cache must not round them either."""
+    config = get_config('by_hand')
+    config.dtype = 'bfloat16'
+    plan = make_plan(config)
+    place = plan.place()
+    store, params = persist.Store(epath.Path(tmp_path), plan, place), persist.initial_params(plan, place)
+    store.save_parent(params, plan.parent, {})
+    frozen, cached = store.restore_parent(), as_teacher(params, plan, place)
+    store.close()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {'bfloat16', 'float32'}
+    same = jax.tree.map(lambda one, other: one.dtype == other.dtype and bool((one == other).all()), frozen, cached)
+    assert jax.tree.all(same), same
 
 
 def test_the_hash_of_parameters_is_of_their_bits_and_of_no_mesh():
