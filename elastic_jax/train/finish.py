@@ -100,7 +100,8 @@ class Evaluator:
         plan, batch = self.plan, self.place.put_whole_batch(self.heldout()[0])
         for n, name in enumerate(plan.budgets):
             one_hot = jax.nn.one_hot(n, len(plan.budgets))
-            soft = float(_soft_loss(at.state.params, router, batch, one_hot, at.parent, plan.grid, plan.layout))
+            scale = plan.config.router.end_scale
+            soft = float(_soft_loss(at.state.params, router, batch, one_hot, scale, at.parent, plan.grid, plan.layout))
             hard = self.score(at.state.params, at.parent, archs[name], batches=1)
             self.writer.write('hardening', at.step, budget=name, soft_loss=soft, hard_loss=hard['loss'])
 
@@ -129,9 +130,12 @@ def _brief(score: dict[str, float]) -> dict[str, float]:
 
 
 @partial(jax.jit, static_argnames=('parent', 'grid', 'layout'))
-def _soft_loss(params: Any, router: Any, batch: Any, one_hot: jax.Array, parent: Arch, grid: Any, layout: Any) -> jax.Array:
+def _soft_loss(
+    params: Any, router: Any, batch: Any, one_hot: jax.Array, scale: float, parent: Arch, grid: Any, layout: Any
+) -> jax.Array:
     """Cross-entropy of one batch under the router's noiseless soft masks at the final scale."""
-    probabilities = {axis: jax.nn.softmax(value, axis=-1) for axis, value in router_logits(router, grid, one_hot).items()}
+    logits = router_logits(router, grid, one_hot)
+    probabilities = {axis: jax.nn.softmax(scale * value, axis=-1) for axis, value in logits.items()}
     masks = soft_masks(parent, grid, probabilities, layout)
     context = context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=parent.norm_eps)
     masked = mask_params(params, parent, masks, layout)
