@@ -12,6 +12,7 @@ from elastic_jax.arch import unknown_name
 from elastic_jax.errors import UserError
 
 KINDS = ('pretrain', 'search', 'elastic')
+DONE = 'done'  # in the place of a stage's name: the curriculum is behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,14 @@ def make_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
             raise UserError(unknown_name(f'kind of stage {name}', stage.kind, list(KINDS)))
         if stage.steps < 1 or stage.batch_size < 1 or stage.context < 1:
             raise UserError(f'stage {name} needs steps, batch_size and context of at least 1')
-        if stage.batch_size % stage.accumulate:
+        if stage.accumulate < 1 or stage.batch_size % stage.accumulate:
             raise UserError(
                 f'stage {name}: batch_size={stage.batch_size} does not split into accumulate={stage.accumulate} equal parts'
             )
+        if name == DONE or name in [own.name for own in stages]:
+            # A checkpoint says by this name where its run goes on.
+            why = 'is there twice' if name != DONE else 'is what the end of a run is called'
+            raise UserError(f'config.curriculum: {name!r} {why}; give every stage a name of its own')
         stages.append(Stage(name, stage.kind, start, stage.steps, stage.context, stage.batch_size, stage))
         start += stage.steps
     order = [KINDS.index(stage.kind) for stage in stages]

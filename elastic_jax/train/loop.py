@@ -34,7 +34,7 @@ from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.processes import are_several, is_main
 from elastic_jax.train import persist
 from elastic_jax.train.calibrate import order_parent
-from elastic_jax.train.curriculum import Stage, draw_budgets
+from elastic_jax.train.curriculum import DONE, Stage, draw_budgets
 from elastic_jax.train.finish import Evaluator, finish
 from elastic_jax.train.flops import stage_flops
 from elastic_jax.train.persist import Snapshot, initial_params
@@ -174,7 +174,7 @@ def _teacher(run: Run) -> Any:
 
 def _run_stages(run: Run) -> None:
     names = [stage.name for stage in run.plan.stages]
-    if run.at.stage == persist.DONE:
+    if run.at.stage == DONE:
         return
     for index in range(names.index(run.at.stage), len(names)):
         stage = run.plan.stages[index]
@@ -198,7 +198,7 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
         with run.clock.part('eval'):
             # A parent trained alone has no teacher: it is compared with itself.
             metrics = run.evaluator.final(at, at.state.params if stage.kind == 'pretrain' else _teacher(run))
-        return dataclasses.replace(at, stage=persist.DONE, stage_step=0, data=None, metrics=metrics)
+        return dataclasses.replace(at, stage=DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
         return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
     archs, router = at.archs, at.router

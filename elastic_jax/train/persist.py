@@ -23,11 +23,10 @@ from elastic_jax.nest.relayout import relayout
 from elastic_jax.nest.router import init_router
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.processes import check_same, together
+from elastic_jax.train.curriculum import DONE
 from elastic_jax.train.programs import abstract_state, abstract_teacher
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState
-
-DONE = 'done'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from elastic_jax.nest.router import Anneal
 from elastic_jax.parallel.mesh import make_mesh
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import data_parallelism, mesh_problems
+from elastic_jax.train.checks import config_problems
 from elastic_jax.train.config import build_arch
 from elastic_jax.train.curriculum import Stage, check_draws, make_stages
 from elastic_jax.train.state import make_optimizer
@@ -94,11 +95,15 @@ class Plan:
         return stage_data(self.config.data, stage.config.data)
 
     def optimizer(self, stage: Stage) -> optax.GradientTransformation:
-        merged = ConfigDict(self.config.optimizer.to_dict() | dict(stage.config.optimizer))
-        return make_optimizer(merged, stage.steps)
+        return stage_optimizer(self.config, stage)
 
     def router_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.config.router.lr)
+
+
+def stage_optimizer(config: ConfigDict, stage: Stage) -> optax.GradientTransformation:
+    """The optimiser of a stage: `config.optimizer` with the keys that the stage has otherwise."""
+    return make_optimizer(ConfigDict(config.optimizer.to_dict() | dict(stage.config.optimizer)), stage.steps)
 
 
 def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
@@ -116,6 +121,7 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
             problems.append(str(error))
             return None
 
+    problems += config_problems(config)
     stages = attempt(make_stages, config)
     layout = Layout(**config.layout.to_dict())
     parent = attempt(build_arch if elsewhere and config.arch.pattern else _parent, config)
@@ -146,6 +152,7 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
                 "use the parent's own tokenizer (config.data.tokenizer) or a larger config.arch.vocab"
             )
     for stage in stages or ():
+        attempt(stage_optimizer, config, stage)  # now, not when the stage begins after days of others
         attempt(lambda stage=stage: sources_of(stage_data(config.data, stage.config.data)))
         if stage.kind != 'pretrain' and targets:
             attempt(check_draws, stage, tuple(targets))

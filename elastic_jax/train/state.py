@@ -34,6 +34,8 @@ class TrainState:
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """Adam with clipping and a schedule over `steps`: warm-up, then 'cosine', 'linear' or 'constant'."""
+    if not config.lr > 0:
+        raise UserError(f'optimizer.lr={config.lr} must be above 0')
     warmup = min(config.warmup, max(1, steps // 4))
     decay = max(1, steps - warmup)
     schedules = {

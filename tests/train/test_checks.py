@@ -1,0 +1,59 @@
+"""What a config gets wrong is said before anything starts: keys that nothing reads, numbers and names that cannot be."""
+
+import pytest
+
+from elastic_jax.config_file import load_config
+from elastic_jax.errors import UserError
+from elastic_jax.train.checks import config_problems
+from elastic_jax.train.setup import make_plan
+from tests.train.tiny_experiment import get_config
+
+
+def with_changes(changes):
+    config = get_config('by_hand')
+    for path, value in changes.items():
+        *sections, key = path.split('.')
+        own = config
+        for section in sections:
+            own = own[section]
+        own[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        ('dtpye', 'bfloat16', r"unknown key in config 'dtpye'; did you mean 'dtype'"),
+        ('optimizer.warm_up', 5, r"unknown key in config.optimizer 'warm_up'; did you mean 'warmup'"),
+        ('arch.norm_epsilon', 1e-6, r"unknown key in config.arch 'norm_epsilon'; did you mean 'norm_eps'"),
+        ('stages.short.batchsize', 8, r"unknown key in config.stages.short 'batchsize'; did you mean 'batch_size'"),
+        ('stages.short.optimizer', {'rate': 1.0}, r"unknown key in config.stages.short.optimizer 'rate'"),
+        ('stages.long.optimizer', {'schedule': 'cosin'}, r"unknown schedule 'cosin'; did you mean 'cosine'"),
+        ('stages.long.optimizer', {'lr': 0.0}, r'optimizer.lr=0.0 must be above 0'),
+        ('stages.long.accumulate', 0, r'does not split into accumulate=0'),
+        ('dtype', 'bf16', r"unknown dtype 'bf16'; did you mean 'bfloat16'"),
+        ('log_every', 0, r'config.log_every=0 must be at least 1'),
+        ('max_bad_steps', 0, r'config.max_bad_steps=0 must be at least 1'),
+        ('checkpoint.every', 0, r'config.checkpoint.every=0 must be at least 1'),
+        ('checkpoint.keep', 0, r'config.checkpoint.keep=0 must be at least 1'),
+        ('calibrate.batches', 0, r'config.calibrate.batches=0 must be at least 1'),
+        ('curriculum', ('pretrain', 'short', 'short'), r"'short' is there twice"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and '(' not in value else '',
+)
+def test_a_mistake_is_named_with_its_key(path, value, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(with_changes({path: value}))
+
+
+def test_no_stage_is_called_what_the_end_of_a_run_is_called():
+    config = get_config('by_hand')
+    config.stages.done = config.stages.short
+    config.curriculum = ('pretrain', 'done')
+    with pytest.raises(UserError, match="'done' is what the end of a run is called"):
+        make_plan(config)
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'star_elastic_nano_v3', 'nemotron_elastic_12b'])
+def test_every_key_that_an_experiment_sets_is_one_that_is_read(name):
+    assert config_problems(load_config(f'experiments/{name}.py')) == []
