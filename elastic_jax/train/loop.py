@@ -42,7 +42,7 @@ from elastic_jax.train.prepare import prepare
 from elastic_jax.train.programs import batch_keys, needs_parent, stage_program
 from elastic_jax.train.progress import RunProgress
 from elastic_jax.train.reporting import StepReport
-from elastic_jax.train.setup import Plan, hand_archs
+from elastic_jax.train.setup import Plan, known_archs
 from elastic_jax.train.signals import StopOnSignal, Stopped
 from elastic_jax.train.state import TrainState, new_state
 from elastic_jax.train.teacher_cache import open_cache, parameters_hash
@@ -135,7 +135,7 @@ def _begin(plan: Plan, store: persist.Store, say: Callable[[str], None]) -> Snap
 def _order(plan: Plan, store: persist.Store, params: Any, step: int, stage: Stage, say: Callable[[str], None]) -> Snapshot:
     """Orders the parent, pins it as the teacher, and stands before the first elastic stage."""
     params, ordering, parent = order_parent(params, plan, store.place, say)
-    archs = {'full': parent} | hand_archs(plan.config, parent, plan.layout)
+    archs = known_archs(plan, parent)
     store.save_parent(params, parent, ordering)
     if plan.config.parent.scratch:
         child = archs[plan.config.parent.scratch]
@@ -191,9 +191,34 @@ def _run_stages(run: Run) -> None:
         run.writer.saved(run.at.step)
 
 
+def _freeze(run: Run) -> dict[str, Arch]:
+    """The submodels that a finished search has found."""
+    plan, at = run.plan, run.at
+    frozen = freeze(at.state.router, plan.grid, at.parent, plan.targets, plan.measure, plan.config.tolerance)
+    archs = {name: result.arch for name, result in frozen.items()}
+    described = {}
+    for name, result in frozen.items():
+        described[name] = {
+            'target': result.target,
+            'argmax_share': result.argmax_share,
+            'share': result.share,
+            'note': result.note,
+            'widths': result.arch.widths(),
+        }
+        within = abs(result.miss) <= plan.config.tolerance
+        reason = '' if within else f': misses by {result.miss:+.1%}, {result.note}'
+        run.progress.say(f'{name}: {result.share:.1%} of the parent for a budget of {result.target:.1%}{reason}')
+    run.writer.write('frozen', at.step, budgets=described)
+    with run.clock.part('eval'):
+        run.evaluator.hardening(at, archs, at.state.router)
+    return archs
+
+
 def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
     """What a finished stage hands to the next one."""
     plan, at = run.plan, run.at
+    if stage.kind == 'search':
+        at = dataclasses.replace(at, archs=_freeze(run), router=at.state.router)
     if following is None:
         with run.clock.part('eval'):
             # A parent trained alone has no teacher: it is compared with itself.
@@ -201,27 +226,7 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
         return dataclasses.replace(at, stage=DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
         return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
-    archs, router = at.archs, at.router
-    if stage.kind == 'search':
-        router = at.state.router
-        frozen = freeze(router, plan.grid, at.parent, plan.targets, plan.measure, plan.config.tolerance)
-        archs = {name: result.arch for name, result in frozen.items()}
-        described = {}
-        for name, result in frozen.items():
-            described[name] = {
-                'target': result.target,
-                'argmax_share': result.argmax_share,
-                'share': result.share,
-                'note': result.note,
-                'widths': result.arch.widths(),
-            }
-            within = abs(result.miss) <= plan.config.tolerance
-            reason = '' if within else f': misses by {result.miss:+.1%}, {result.note}'
-            run.progress.say(f'{name}: {result.share:.1%} of the parent for a budget of {result.target:.1%}{reason}')
-        run.writer.write('frozen', at.step, budgets=described)
-        with run.clock.part('eval'):
-            run.evaluator.hardening(run.at, archs, router)
-    return _enter(plan, run.place, following, at.step, at.state.params, router, at.ordering, at.parent, archs)
+    return _enter(plan, run.place, following, at.step, at.state.params, at.router, at.ordering, at.parent, at.archs)
 
 
 def _run_stage(run: Run, stage: Stage) -> None:

@@ -206,6 +206,16 @@ def _parent(config: ConfigDict) -> Arch:
     return build_arch(config)
 
 
+def known_archs(plan: Plan, parent: Arch) -> dict[str, Arch]:
+    """Budget -> Arch, largest first, of those that need no search: the whole parent, and widths by hand.
+
+    Where no budget is the whole parent, it is there beside them as `full`.
+    """
+    by_hand = hand_archs(plan.config, parent, plan.layout)
+    archs = {name: by_hand.get(name, parent) for name, share in plan.targets.items() if name in by_hand or share >= 1.0}
+    return archs if parent in archs.values() else {'full': parent} | archs
+
+
 def hand_archs(config: ConfigDict, parent: Arch, layout: Layout) -> dict[str, Arch]:
     """The submodels whose widths `config.widths` gives; `layers` keeps the first of the parent's ranking."""
     archs = {}

@@ -10,6 +10,7 @@ from elastic_jax.api import open_checkpoint
 from elastic_jax.errors import UserError
 from elastic_jax.metrics import read_metrics
 from elastic_jax.model.decoder import logits
+from elastic_jax.train.config import stage
 from elastic_jax.train.loop import train
 from elastic_jax.train.setup import make_plan
 from tests.train.tiny_experiment import get_config
@@ -64,3 +65,30 @@ def test_a_control_that_cannot_be_is_said_at_once(parent):
         make_plan(control(parent, parent={'scratch': 'medium'}))
     with pytest.raises(UserError, match=r"unknown calibrate\.order 'rnadom'; did you mean 'random'"):
         make_plan(control(parent, calibrate={'order': 'rnadom'}))
+
+
+def test_a_budget_of_the_whole_parent_may_have_any_name(parent, tmp_path):
+    config = control(parent)
+    config.budgets = {'compact': 0.5, 'large': 0.75, 'whole': 1.0}
+    config.widths = {'compact': 'embed=8,mlp=16', 'large': 'embed=12,mlp=24'}
+    config.stages.short.probabilities = {}
+    train(config, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.budgets) == ['whole', 'large', 'compact'], 'largest first'
+    assert checkpoint.budgets['whole'].arch == checkpoint.arch
+    trained = next(line for line in read_metrics(tmp_path) if line['kind'] == 'train')
+    assert {'loss/whole', 'loss/large', 'loss/compact'} <= trained.keys()
+
+
+def test_a_run_that_ends_with_its_search_has_the_budgets_it_found(parent, tmp_path):
+    config = control(parent)
+    config.widths = {}
+    config.choices.update({'embed': (1.0, 0.5), 'mlp': (1.0, 0.5)})
+    config.stages.search = stage('search', 1, 32, 4)
+    config.curriculum = ('search',)
+    train(config, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    frozen = next(line for line in read_metrics(tmp_path) if line['kind'] == 'frozen')['budgets']
+    assert list(checkpoint.budgets) == ['full', 'small'] and checkpoint.manifest.stage == 'done'
+    assert checkpoint.budgets['small'].arch.widths() == frozen['small']['widths']
+    assert checkpoint.budgets['small'].metrics['bits_per_byte'] > 0
