@@ -18,6 +18,7 @@ from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
 from elastic_jax.model.kernels import KERNELS
+from elastic_jax.model.params import param_table
 from elastic_jax.nest.budgets import Grid, Metric, make_grid, metric, resolve_targets
 from elastic_jax.nest.router import Anneal
 from elastic_jax.parallel.mesh import make_mesh
@@ -95,15 +96,16 @@ class Plan:
         return stage_data(self.config.data, stage.config.data)
 
     def optimizer(self, stage: Stage) -> optax.GradientTransformation:
-        return stage_optimizer(self.config, stage)
+        return stage_optimizer(self.config, stage, self.parent, self.layout)
 
     def router_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.config.router.lr)
 
 
-def stage_optimizer(config: ConfigDict, stage: Stage) -> optax.GradientTransformation:
+def stage_optimizer(config: ConfigDict, stage: Stage, parent: Arch, layout: Layout) -> optax.GradientTransformation:
     """The optimiser of a stage: `config.optimizer` with the keys that the stage has otherwise."""
-    return make_optimizer(ConfigDict(config.optimizer.to_dict() | dict(stage.config.optimizer)), stage.steps)
+    merged = ConfigDict(config.optimizer.to_dict() | dict(stage.config.optimizer))
+    return make_optimizer(merged, stage.steps, param_table(parent, layout))
 
 
 def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
@@ -152,7 +154,8 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
                 "use the parent's own tokenizer (config.data.tokenizer) or a larger config.arch.vocab"
             )
     for stage in stages or ():
-        attempt(stage_optimizer, config, stage)  # now, not when the stage begins after days of others
+        if parent is not None:
+            attempt(stage_optimizer, config, stage, parent, layout)  # now, not when the stage begins after days of others
         attempt(lambda stage=stage: sources_of(stage_data(config.data, stage.config.data)))
         if stage.kind != 'pretrain' and targets:
             attempt(check_draws, stage, tuple(targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -12,6 +13,7 @@ import optax
 
 from elastic_jax.arch import unknown_name
 from elastic_jax.errors import UserError
+from elastic_jax.model.params import Table
 
 
 @flax.struct.dataclass
@@ -32,8 +34,14 @@ class TrainState:
     bad_run: jax.Array
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Adam with clipping and a schedule over `steps`: warm-up, then 'cosine', 'linear' or 'constant'."""
+def make_optimizer(config: ml_collections.ConfigDict, steps: int, table: Table | None = None) -> optax.GradientTransformation:
+    """Adam with clipping and a schedule over `steps`: warm-up, then 'cosine', 'linear' or 'constant'.
+
+    `table` declares the parameters that are trained: weights decay, but not norms, biases and the like, whatever dimensions they
+    are stored in. It may be left out where config.weight_decay is 0.
+    """
+    if config.weight_decay and table is None:
+        raise ValueError('weight_decay needs the table of parameters')
     if not config.lr > 0:
         raise UserError(f'optimizer.lr={config.lr} must be above 0')
     warmup = min(config.warmup, max(1, steps // 4))
@@ -49,9 +57,15 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(_decays, table)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _decays(table: Table | None, params: Any) -> Any:
+    """Whether each parameter is a weight: a matrix of the residual stream, or a convolution."""
+    is_weight = lambda param: len(param.axes) > 1 and ('embed' in param.axes or 'conv' in param.axes)
+    return {group: {name: table is not None and is_weight(table[group][name]) for name in own} for group, own in params.items()}
 
 
 def new_state(
