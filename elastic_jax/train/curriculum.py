@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -86,6 +86,21 @@ def check_draws(stage: Stage, budgets: Sequence[str]) -> None:
     if (stage.config.mode == 'sampled' or stage.kind == 'search') and not 1 <= stage.config.per_step <= possible:
         raise UserError(
             f'stages.{stage.name}.per_step={stage.config.per_step}, but {possible} budgets have a probability above 0'
+        )
+
+
+def check_self_teacher(stage: Stage, targets: Mapping[str, float]) -> None:
+    """Raises UserError when a step of the stage may lack the full budget, from which `teacher='self'` distils the others."""
+    budgets, config = tuple(targets), stage.config
+    probabilities = probabilities_of(stage, budgets)
+    if config.mode == 'weighted':
+        always = probabilities[0] > 0
+    else:
+        always = config.sandwich or (probabilities[0] > 0 and config.per_step == (probabilities > 0).sum())
+    if targets[budgets[0]] < 1.0 or not always:
+        raise UserError(
+            f"teacher='self' distils from the full budget, but stages.{stage.name} does not train one in every step; give a "
+            f"budget of 1.0 a probability above 0, with stages.{stage.name}.mode='weighted' or sandwich=True"
         )
 
 

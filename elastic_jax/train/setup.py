@@ -26,7 +26,7 @@ from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import data_parallelism, mesh_problems
 from elastic_jax.train.checks import config_problems
 from elastic_jax.train.config import build_arch
-from elastic_jax.train.curriculum import Stage, check_draws, make_stages
+from elastic_jax.train.curriculum import Stage, check_draws, check_self_teacher, make_stages
 from elastic_jax.train.state import make_optimizer
 from elastic_jax.train.step import SearchConfig, StepConfig
 
@@ -159,6 +159,8 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
         attempt(lambda stage=stage: sources_of(stage_data(config.data, stage.config.data)))
         if stage.kind != 'pretrain' and targets:
             attempt(check_draws, stage, tuple(targets))
+            if stage.kind == 'elastic' and config.teacher == 'self':
+                attempt(check_self_teacher, stage, targets)
     if stages and targets:
         searching = any(stage.kind == 'search' for stage in stages)
         missing = [name for name, share in targets.items() if share < 1 and name not in by_hand]

@@ -54,6 +54,18 @@ def test_no_stage_is_called_what_the_end_of_a_run_is_called():
         make_plan(config)
 
 
+def test_the_full_budget_teaches_only_where_every_step_trains_it():
+    """A step without it would distil from whichever budget is the largest of its draw."""
+    refused = r"teacher='self' distils from the full budget, but stages.short does not train one in every step"
+    drawn = {'stages.short.mode': 'sampled', 'stages.short.per_step': 2, 'teacher': 'self'}
+    make_plan(with_changes({'teacher': 'self'}))
+    make_plan(with_changes(drawn | {'stages.short.sandwich': True}))
+    make_plan(with_changes(drawn | {'stages.short.per_step': 3}))
+    for changes in (drawn, {'teacher': 'self', 'stages.short.probabilities': {'mid': 0.5, 'small': 0.5}}):
+        with pytest.raises(UserError, match=refused):
+            make_plan(with_changes(changes))
+
+
 @pytest.mark.parametrize('name', ['quickstart', 'star_elastic_nano_v3', 'nemotron_elastic_12b'])
 def test_every_key_that_an_experiment_sets_is_one_that_is_read(name):
     assert config_problems(load_config(f'experiments/{name}.py')) == []
