@@ -19,7 +19,7 @@ from elastic_jax.parallel.placement import Placement
 from elastic_jax.parallel.sharding import data_parallelism
 from elastic_jax.plan.independent import independent_program
 from elastic_jax.train.curriculum import Stage, probabilities_of
-from elastic_jax.train.programs import Program, stage_program
+from elastic_jax.train.programs import Program, needs_parent, stage_program
 from elastic_jax.train.setup import Plan
 
 DECODE_ROWS = 8
@@ -117,8 +117,7 @@ def _alone(name: str, plan: Plan, stage: Stage, arch: Arch, place: Placement) ->
 
 def _training(name: str, plan: Plan, stage: Stage, place: Placement, own: list[Arch], build: Callable[[], Any]) -> Candidate:
     rows = stage.batch_size / data_parallelism(place.mesh)
-    teacher = stage.kind != 'pretrain' and plan.config.teacher == 'frozen'
-    per_token = training_flops_per_token(plan.parent, own, stage.context, teacher, plan.config.remat)
+    per_token = training_flops_per_token(plan.parent, own, stage.context, needs_parent(plan, stage), plan.config.remat)
     streams = sum(arch.embed * sum(mixer is not None for mixer in arch.mixers) for arch in own)
     kept = rows / stage.config.accumulate * stage.context * streams * jnp.dtype(plan.config.dtype).itemsize
     return Candidate(name, build, float(per_token * rows * stage.context / place.mesh.shape['tensor']), round(kept))

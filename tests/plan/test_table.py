@@ -144,6 +144,18 @@ def test_flops_of_the_steps_are_ordered_as_their_work():
     assert flops['short'] == pytest.approx(alone - 2 * teacher)
 
 
+@pytest.mark.parametrize('teacher', ['self', 'none'])
+def test_flops_count_the_frozen_parent_where_the_step_runs_it(teacher):
+    """A search distils from it whatever teaches afterwards; other stages then do without."""
+    needed = {}
+    for name in ('frozen', teacher):
+        plan, place = plan_here()
+        plan.config.teacher = name
+        needed[name] = {candidate.name: candidate.flops for candidate in candidates(plan, place)}
+    assert needed[teacher]['search'] == needed['frozen']['search']
+    assert needed[teacher]['short'] == pytest.approx(needed['frozen']['short'] - needed['frozen']['short/full'] / 4)
+
+
 def test_a_budget_without_widths_is_named():
     plan = make_plan(get_config(), elsewhere=True)
     with pytest.raises(UserError, match=r'budget mid has no widths before the search.*config.plan.widths'):
