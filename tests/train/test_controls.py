@@ -86,9 +86,13 @@ def test_a_run_that_ends_with_its_search_has_the_budgets_it_found(parent, tmp_pa
     config.choices.update({'embed': (1.0, 0.5), 'mlp': (1.0, 0.5)})
     config.stages.search = stage('search', 1, 32, 4)
     config.curriculum = ('search',)
+    # At a scale that leaves nothing soft, masks are the slices of the router's first choices, which any cost may have here.
+    config.router.end_scale, config.tolerance = 1e6, 1.0
     train(config, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     frozen = next(line for line in read_metrics(tmp_path) if line['kind'] == 'frozen')['budgets']
     assert list(checkpoint.budgets) == ['full', 'small'] and checkpoint.manifest.stage == 'done'
     assert checkpoint.budgets['small'].arch.widths() == frozen['small']['widths']
     assert checkpoint.budgets['small'].metrics['bits_per_byte'] > 0
+    hardening = {line['budget']: line for line in read_metrics(tmp_path) if line['kind'] == 'hardening'}['small']
+    assert hardening['soft_loss'] == pytest.approx(hardening['hard_loss'], rel=1e-5)
