@@ -118,7 +118,8 @@ class HFTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f'{path} cannot be read as a tokenizer: {error}') from error
         self.spec = {'kind': 'hf', 'folder': str(folder)}
-        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        # Not how many there are: ids may have gaps, and an array by id must hold the last of them.
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.config = _read_json(Path(folder) / 'tokenizer_config.json')
         self.eos_id = self._special('eos_token')
         generation = _read_json(Path(folder) / 'generation_config.json')

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,3 +74,17 @@ def test_what_is_no_tokenizer_is_said(tmp_path, bpe_folder):
     (tmp_path / 'tokenizer.json').write_text((bpe_folder / 'tokenizer.json').read_text())
     with pytest.raises(UserError, match='names no end-of-text token'):
         load_tokenizer(str(tmp_path))
+
+
+def test_ids_may_have_gaps(tmp_path):
+    """A vocabulary is as large as its last id asks for: counts would be wrapped, cut off or looked up past the end."""
+    words = tokenizers.models.WordLevel({'a': 0, 'bcd': 70_000, '<end>': 70_001}, unk_token='a')
+    whole = tokenizers.Tokenizer(words)
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    whole.add_special_tokens(['<end>'])
+    whole.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>'}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode('bcd a')
+    assert ids.tolist() == [70_000, 0] and tokenizer.vocab_size == 70_002
+    assert tokenizer.byte_lengths()[[*ids, tokenizer.eos_id]].tolist() == [3, 1, 0]
