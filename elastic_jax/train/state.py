@@ -57,7 +57,7 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int, table: Table |
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, mask=partial(_decays, table)),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(_decays, table if config.weight_decay else None)),
         optax.scale_by_learning_rate(schedule),
     )
 
