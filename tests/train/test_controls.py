@@ -95,4 +95,4 @@ def test_a_run_that_ends_with_its_search_has_the_budgets_it_found(parent, tmp_pa
     assert checkpoint.budgets['small'].arch.widths() == frozen['small']['widths']
     assert checkpoint.budgets['small'].metrics['bits_per_byte'] > 0
     hardening = {line['budget']: line for line in read_metrics(tmp_path) if line['kind'] == 'hardening'}['small']
-    assert hardening['soft_loss'] == pytest.approx(hardening['hard_loss'], rel=1e-5)
+    assert hardening['soft_loss'] == pytest.approx(hardening['hard_loss'], rel=1e-4)

@@ -76,7 +76,7 @@ def test_a_complete_cache_that_is_being_lengthened_is_not_complete(tmp_path):
 
 def test_going_on_with_other_processes_takes_no_file_for_one_of_other_rows(tmp_path, monkeypatch):
     """Half the rows in twice the batches are as many bytes: files of the one must not be read as the other's."""
-    monkeypatch.setattr(teacher, 'FILE_BYTES', 2 * SPEC.bytes_of(1, 2))
+    monkeypatch.setattr(teacher, 'FILE_BYTES', 4 * SPEC.bytes_of(1, 1))
     rng = np.random.default_rng(0)
     ids, log_p = rng.integers(0, 300, (8, 2, 4, 3)), -rng.random((8, 2, 4, 4)).astype(np.float16)
 
