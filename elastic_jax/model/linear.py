@@ -11,18 +11,17 @@ import jax.numpy as jnp
 PARTS, LEAST = 2, 256
 
 
-def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """x [..., *I] times kernel [*I, *O] over the last `inputs` dimensions of x, in the type of x: [..., *O]."""
-    kernel = kernel.astype(x.dtype)
-    rows, width = x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
-    if math.prod(rows) != 1 or width % PARTS or width < LEAST:
-        return jnp.tensordot(x, kernel, axes=inputs)
-    plain = lambda x, kernel: jnp.tensordot(x, kernel, axes=inputs)
-    return jax.lax.platform_dependent(x, kernel, cpu=lambda x, kernel: _by_parts(x, kernel, rows, inputs), default=plain)
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] times kernel [I, *O], in the type of x: [..., *O]."""
+    kernel, width = kernel.astype(x.dtype), x.shape[-1]
+    plain = lambda x, kernel: jnp.tensordot(x, kernel, axes=1)
+    if x.size != width or width % PARTS or width < LEAST:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_by_parts, default=plain)
 
 
-def _by_parts(x: jax.Array, kernel: jax.Array, rows: tuple[int, ...], inputs: int) -> jax.Array:
-    shape = kernel.shape[inputs:]
+def _by_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    shape = kernel.shape[1:]
     split = lambda u, *own: u.reshape(PARTS, -1, *own)
     sums = jnp.einsum('pi,pio->po', split(x), split(kernel, math.prod(shape)))
-    return jnp.sum(sums, axis=0).reshape(*rows, *shape)
+    return jnp.sum(sums, axis=0).reshape(*x.shape[:-1], *shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from elastic_jax.arch import Mamba
 from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.conv import causal_conv
+from elastic_jax.model.conv_kernel import conv_silu_by_kernel, fits_conv_kernel
+from elastic_jax.model.gated_norm_kernel import fits_gated_norm_kernel, gated_norm_by_kernel
 from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.linear import linear
 from elastic_jax.model.norm import rms_norm
@@ -75,7 +77,7 @@ def mamba(
     for name, u in inputs.items():
         past = None if cache is None else getattr(cache, name)
         kernel, bias = params[f'conv_{name}'], params.get(f'conv_{name}_bias')
-        convolved[name] = jax.nn.silu(causal_conv(u, kernel, bias, context.segment_ids_BxT, past))
+        convolved[name] = _conv_silu(u, kernel, bias, context, past)
     x_BxTxGxMxP, b_BxTxGxN, c_BxTxGxN = convolved['x'], convolved['b'], convolved['c']
 
     dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'][None, None])
@@ -89,13 +91,36 @@ def mamba(
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
         cache = trial if context.trial else cache
-    y_BxTxGxMxP = y_BxTxGxMxP + params['d'][None, None, ..., None] * x_BxTxGxMxP.astype(jnp.float32)
-
-    gated_BxTxGxMxP = y_BxTxGxMxP * jax.nn.silu(project('z').astype(jnp.float32))
-    gated_ratio = enter(soft.gated_ratio, axes)
-    normed = rms_norm(gated_BxTxGxMxP, params['gated_norm'], context.norm_eps, gated_ratio, axes=(-2, -1))
-    y_BxTxD = leave(linear(normed.astype(x_BxTxD.dtype), params['out'], inputs=3), axes)
+    operands = y_BxTxGxMxP, x_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
+    normed_BxTxGxMxP = _gated_norm(operands, context, cache, enter(soft.gated_ratio, axes))
+    # Flat, so that XLA takes the kernel's output as it lies.
+    out_CxD = params['out'].reshape(-1, params['out'].shape[-1])
+    y_BxTxD = leave(linear(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), out_CxD), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
+
+
+def _conv_silu(
+    u_BxTxC: jax.Array, kernel_KxC: jax.Array, bias_C: jax.Array | None, context: Context, past_BxKxC: jax.Array | None
+) -> jax.Array:
+    """silu of the causal convolution; C is several dimensions."""
+    plain = lambda u, kernel, bias, ids: jax.nn.silu(causal_conv(u, kernel, bias, ids, past_BxKxC))
+    fits = past_BxKxC is None and fits_conv_kernel(u_BxTxC.shape, len(kernel_KxC))
+    kernels = context.kernels if fits else 'xla'
+    return by_platform(kernels, conv_silu_by_kernel, plain, u_BxTxC, kernel_KxC, bias_C, context.segment_ids_BxT)
+
+
+def _gated_norm(operands: tuple[jax.Array, ...], context: Context, cache: Any, ratio: Any) -> jax.Array:
+    """The skip, gate and grouped norm of (y, x, z, d, scale): [B, T, G, M, P] in x's type."""
+
+    def plain(y: jax.Array, x: jax.Array, z: jax.Array, d_GxM: jax.Array, scale: jax.Array) -> jax.Array:
+        y = y + d_GxM[None, None, ..., None] * x.astype(jnp.float32)
+        gated = y * jax.nn.silu(z.astype(jnp.float32))
+        return rms_norm(gated, scale, context.norm_eps, ratio, axes=(-2, -1)).astype(x.dtype)
+
+    # A masked model, whose ratio is learned, is for search: it has no kernel.
+    fits = cache is None and isinstance(ratio, float) and fits_gated_norm_kernel(operands[1].shape)
+    kernel = partial(gated_norm_by_kernel, eps=context.norm_eps)
+    return by_platform(context.kernels if fits else 'xla', kernel, plain, *operands)
 
 
 def settle(trial: MambaTrial, kept_B: jax.Array, mixer: Mamba) -> tuple[jax.Array, MambaCache]:

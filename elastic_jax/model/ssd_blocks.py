@@ -25,9 +25,9 @@ def fits_ssd_kernel(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
     return length >= CHUNK and state % LANES == 0 and whole and width <= WIDEST
 
 
-def groups_of_a_block(groups: int, width: int) -> int:
+def groups_of_a_block(groups: int, width: int, enough: int = ENOUGH) -> int:
     """The fewest groups whose channels are whole lanes, and enough of them to be worth a step of the grid; else all."""
-    fits = (n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0 and n * width >= ENOUGH)
+    fits = (n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0 and n * width >= enough)
     return next(fits, groups)
 
 
