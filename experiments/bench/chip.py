@@ -1,17 +1,17 @@
-"""What a chip's time goes to, by the TPU compiler: each piece as XLA has it, by its kernel, and at the speed of a large matmul.
+"""What a chip's time goes to, by the TPU compiler: each piece as XLA has it, by its kernel, and at the chip's limits.
 
   python experiments/bench/chip.py                                     v5p and v6e, minutes a piece
   python experiments/bench/chip.py --topology v5p:8x8x4 --pieces ssd   one of them
 
 Forward and backward of one layer's piece at the published widths (30B: 32 query heads and 2 KV heads of 128; 64 or 56 Mamba
-heads of 64, 8 groups, state 128; 128 experts of 1856, six a token), one sequence, bfloat16. Nothing runs. XLA's own cycles are
-those it writes into the program (`estimated_cycles`); it has none for kernels. The compiler simulates those bundle by bundle,
-with the waits for matmuls and for memory: libtpu's static profile, in a process of its own for each kernel. It takes what data
-decides as not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all
-blocks done at a smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a
-few steps: the experts' kernels are profiled for an eighth of experts and tokens, with as many visits as routing can ask for.
-XLA's own grouped matmul is such a kernel too, and is in no column. The head's matmuls are XLA's in either form, and counted
-with its kernels.
+heads of 64, 8 groups, state 128; 128 experts of 1856, six a token), one sequence, bfloat16. Nothing runs. The limits are the
+speed of a large matmul and that of the memory; `over ideal` is over the slower of both. XLA's own cycles are those it writes into
+the program (`estimated_cycles`); it has none for kernels. The compiler simulates those bundle by bundle, with the waits for
+matmuls and for on-chip memory: libtpu's static profile, in a process of its own for each kernel. It takes what data decides as
+not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all blocks done at a
+smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a few steps: the
+experts' kernels are profiled for an eighth of experts and tokens, with as many visits as routing can ask for. XLA's own grouped
+matmul is such a kernel too, and is in no column. The head's matmuls are XLA's in either form, and counted with its kernels.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ from jax.sharding import SingleDeviceSharding
 from elastic_jax.hlo_cost import estimated_cycles
 from elastic_jax.model import flash, grouped, grouped_kernel
 from elastic_jax.model.attention import attend_causally
+from elastic_jax.model.conv import causal_conv
+from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
+from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
 from elastic_jax.model.losses import kl_losses
+from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
@@ -49,6 +53,7 @@ from elastic_jax.plan.compiled import compile_with_text
 
 GIB = 2**30
 CORES = {'v4': 2, 'v5p': 2}  # of a chip that the compiler gives one program; others have one
+BYTES = {'v5p': 2765 / 1.75, 'v6e': 1640 / 1.75}  # of memory a cycle: the published GB/s over GHz
 SMALL, HEADS = 4096, 2  # tokens and query heads of a KV head that blocks of attention are profiled at
 PARTS = 8  # of the experts, of which one is profiled
 
@@ -89,6 +94,28 @@ def state_space(heads: int, length: int = 8192) -> Piece:
     plain = lambda x, dt, a, b, c, ids: ssd(x, dt, a, b, c, ids, q)[0]
     args = (x, dt, a, bc, bc, ((1, length), jnp.int32))
     return Piece(plain, ssd_by_kernel, args, (x[0], jnp.float32), 5, flops, size)
+
+
+def convolution(heads: int = 64, length: int = 8192) -> Piece:
+    """Of x, with its SiLU."""
+    channels, taps = heads * 64, 4
+    u, plain = ((1, length, channels), jnp.bfloat16), lambda u, *rest: jax.nn.silu(causal_conv(u, *rest, None))
+    args = (u, ((taps, channels), jnp.float32), ((channels,), jnp.float32), ((1, length), jnp.int32))
+    # Forward reads and writes; backward reads both and writes.
+    return Piece(plain, conv_silu_by_kernel, args, u, 3, 0.0, 2 * 5 * length * channels)
+
+
+def gated_norm(heads: int = 64, length: int = 8192, groups: int = 8) -> Piece:
+    """With the skip; y is in float32."""
+    own, head = (1, length, groups, heads // groups, 64), ((groups, heads // groups), jnp.float32)
+
+    def plain(y: jax.Array, x: jax.Array, z: jax.Array, d: jax.Array, scale: jax.Array) -> jax.Array:
+        gated = (y + d[None, None, ..., None] * x.astype(jnp.float32)) * jax.nn.silu(z.astype(jnp.float32))
+        return rms_norm(gated, scale, 1e-5, axes=(-2, -1)).astype(x.dtype)
+
+    args = ((own, jnp.float32), (own, jnp.bfloat16), (own, jnp.bfloat16), head, (own[2:], jnp.float32))
+    size = length * heads * 64 * (4 + 3 * 2 + 2 * (4 + 2 + 2) + 2)
+    return Piece(plain, partial(gated_norm_by_kernel, eps=1e-5), args, (own, jnp.bfloat16), 5, 0.0, size)
 
 
 EXPERTS, PER_BLOCK, TOP_K, WIDTH, EMBED = 128, 2, 6, 1856, 2688
@@ -133,6 +160,9 @@ PIECES = {
     'attention 49152': attention(49152),
     'ssd 64 heads 8192': state_space(64),
     'ssd 56 heads 8192': state_space(56),
+    'conv 64 heads 8192': convolution(),
+    'norm 64 heads 8192': gated_norm(),
+    'norm 56 heads 8192': gated_norm(56),
     'experts 8192': experts(),
     'head 8192': head(),
 }
@@ -250,13 +280,16 @@ def matmul_speed(topology: str, size: int = 8192) -> float:
 def report(topology: str, names: Sequence[str]) -> None:
     cores, speed = CORES.get(topology.partition(':')[0], 1), matmul_speed(topology)
     print(f'\n{topology}: a large matmul runs at {speed:,.0f} FLOPs a cycle\n')
-    print('| piece | TFLOP needed | GB | ideal Mcycles | XLA Mcycles | GiB | kernels Mcycles | beside them | GiB | over ideal |')
-    print('|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|')
+    print(
+        '| piece | TFLOP needed | GB | matmul Mcycles | memory Mcycles | XLA Mcycles | GiB | kernels Mcycles | beside them | GiB '
+        '| over ideal |'
+    )
+    print('|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|')
     of_blocks = None
     for name in names:
         piece, (plain_gib, plain) = PIECES[name], compiled(topology, name, 'xla')
-        ideal = piece.flops / speed
-        begins = f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {ideal / 1e6:.2f} | '
+        matmuls, memory = piece.flops / speed, piece.bytes / BYTES[topology.partition(':')[0]]
+        begins = f'| {name} | {piece.flops / 1e12:.3f} | {piece.bytes / 1e9:.2f} | {matmuls / 1e6:.2f} | {memory / 1e6:.2f} | '
         begins += f'{estimated_cycles(plain) / 1e6:.2f} | {plain_gib:.2f} | '
         gib, text = compiled(topology, name, 'kernel')
         beside = estimated_cycles(text)
@@ -269,7 +302,7 @@ def report(topology: str, names: Sequence[str]) -> None:
         else:
             of_blocks = of_blocks or block_cycles(topology, cores)
             cycles = math.fsum(each * count for each, count in zip(of_blocks, piece.blocks(cores), strict=True))
-        print(f'{begins}{cycles / 1e6:.2f} | {beside / 1e6:.2f} | {gib:.2f} | {cycles / ideal:.2f} |', flush=True)
+        print(f'{begins}{cycles / 1e6:.2f} | {beside / 1e6:.2f} | {gib:.2f} | {cycles / max(matmuls, memory):.2f} |', flush=True)
 
 
 def block_cycles(topology: str, cores: int) -> tuple[float, float]:
