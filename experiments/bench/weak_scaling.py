@@ -2,7 +2,7 @@
 
   python experiments/bench/weak_scaling.py                       what the step exchanges, 8 to 512 chips: a minute for each
   python experiments/bench/weak_scaling.py --experts 64          the same with experts in 64 blocks, which are then stored whole
-  python experiments/bench/weak_scaling.py --steps               whole steps, elastic over full alone: half an hour for each
+  python experiments/bench/weak_scaling.py --steps               whole steps, elastic over full alone: five minutes for each
 
 Each chip has one sequence, so what it computes does not depend on their number; what it stores and exchanges does. Parameters
 are split over `fsdp` up to --fsdp ways, and the other chips are replicas. The first form compiles, for every kind of block at the
