@@ -74,12 +74,13 @@ class Evaluator:
         program = self.programs[parent, arch]
         return score(lambda inputs: program(params, self.place.put_whole_batch(inputs)), heldout)
 
-    def during(self, at: Snapshot, stage: Stage) -> None:
-        """Scores every budget whose widths are known."""
-        for name, arch in at.archs.items():
-            own = self.score(at.state.params, at.parent, arch)
-            self.writer.write('eval', at.step, stage=stage.name, budget=name, **_brief(own))
+    def during(self, at: Snapshot, stage: Stage) -> dict[str, dict[str, float]]:
+        """Scores every budget whose widths are known; returns what the manifest keeps of it."""
+        scores = {name: _brief(self.score(at.state.params, at.parent, arch)) for name, arch in at.archs.items()}
+        for name, own in scores.items():
+            self.writer.write('eval', at.step, stage=stage.name, budget=name, **own)
         self.run_more(at, stage.name)
+        return scores
 
     def run_more(self, at: Snapshot, stage: str) -> None:
         """Scores every budget with the evaluators of the config, each on the budget's slice."""
@@ -98,10 +99,11 @@ class Evaluator:
     def hardening(self, at: Snapshot, archs: dict[str, Arch], router: Any) -> None:
         """Logs what freezing the soft masks to hard widths does to the held-out loss."""
         plan, batch = self.plan, self.place.put_whole_batch(self.heldout()[0])
+        # A program of its own: two Archs are equal whatever their ranking of layers, which the masks go by.
+        soft_loss = jax.jit(partial(_soft_loss, parent=at.parent, grid=plan.grid, layout=plan.layout))
         for n, name in enumerate(plan.budgets):
             one_hot = jax.nn.one_hot(n, len(plan.budgets))
-            scale = plan.config.router.end_scale
-            soft = float(_soft_loss(at.state.params, router, batch, one_hot, scale, at.parent, plan.grid, plan.layout))
+            soft = float(soft_loss(at.state.params, router, batch, one_hot, plan.config.router.end_scale))
             hard = self.score(at.state.params, at.parent, archs[name], batches=1)
             self.writer.write('hardening', at.step, budget=name, soft_loss=soft, hard_loss=hard['loss'])
 
@@ -129,7 +131,6 @@ def _brief(score: dict[str, float]) -> dict[str, float]:
     return {key: score[key] for key in ('loss', 'bits_per_byte')}
 
 
-@partial(jax.jit, static_argnames=('parent', 'grid', 'layout'))
 def _soft_loss(
     params: Any, router: Any, batch: Any, one_hot: jax.Array, scale: float, parent: Arch, grid: Any, layout: Any
 ) -> jax.Array:

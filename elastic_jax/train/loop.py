@@ -226,7 +226,8 @@ def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
         return dataclasses.replace(at, stage=DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
         return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
-    return _enter(plan, run.place, following, at.step, at.state.params, at.router, at.ordering, at.parent, at.archs)
+    following_at = _enter(plan, run.place, following, at.step, at.state.params, at.router, at.ordering, at.parent, at.archs)
+    return dataclasses.replace(following_at, metrics=at.metrics if stage.kind == 'elastic' else {})
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
@@ -261,7 +262,7 @@ def _run_stage(run: Run, stage: Stage) -> None:
             pending = None
         if evaluating:
             with run.clock.part('eval'):
-                run.evaluator.during(at, stage)
+                at = run.at = dataclasses.replace(at, metrics=run.evaluator.during(at, stage))
         if saving:
             _save(run, batches)
         if stopping:

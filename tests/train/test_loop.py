@@ -59,6 +59,15 @@ def test_saved_scores_are_those_of_the_restored_slices(finished_run):
         )
 
 
+def test_a_manifest_has_every_budgets_latest_scores(finished_run):
+    """Step 18 is saved in the last stage, after the evaluation of step 15 in the one before."""
+    manifest = read_manifest(finished_run / 'checkpoints' / '18')
+    lines = [line for line in read_metrics(finished_run) if line['kind'] == 'eval' and line['step'] == 15]
+    # Lines are rounded.
+    expected = {line['budget']: pytest.approx({key: line[key] for key in ('loss', 'bits_per_byte')}, rel=1e-6) for line in lines}
+    assert expected and {name: dict(budget.metrics) for name, budget in manifest.budgets.items()} == expected
+
+
 def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished_run):
     manifest = read_manifest(finished_run)
     whole = restore_slice(finished_run, manifest.arch)
