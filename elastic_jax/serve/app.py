@@ -72,6 +72,11 @@ class Service:
         for name in filter(None, (body.answers, body.think)):
             if name not in self.budgets:
                 raise Refused(404, unknown_name('model', name, list(self.budgets)), param='model', code='model_not_found')
+        limits, wanted = self.runner.engine.limits, len(prompts) * body.n
+        if wanted > limits.slots + limits.queue:
+            # At no time would there be room for it: to try again later would not help.
+            most = limits.slots + limits.queue
+            raise UserError(f'{wanted} completions are asked for at once, but there is room for {most}; send fewer prompts or n')
         control, sampling = body.control(max_tokens), body.sampling
         opening = body.opening if control else ''
         seed = secrets.randbits(31) if body.seed is None else body.seed

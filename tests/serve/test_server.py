@@ -264,6 +264,7 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
         ('completions', GOOD | {'max_tokens': 0}, 400, 'max_tokens: '),
         ('completions', GOOD | {'max_tokens': 4000}, 400, 'a request may have 400'),
         ('completions', GOOD | {'prompt': ''}, 400, 'the prompt is empty'),
+        ('completions', GOOD | {'n': 7}, 400, '7 completions are asked for at once, but there is room for 6'),
         ('completions', GOOD | {'prompt': [999]}, 400, 'token 999 is not of the vocabulary'),
         ('completions', GOOD | {'temperature': -1}, 400, 'temperature: '),
         ('completions', GOOD | {'temprature': 1}, 400, 'temprature: Extra inputs are not permitted'),
