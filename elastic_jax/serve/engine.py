@@ -219,6 +219,7 @@ class Engine:
             arrived, self._arrived = self._arrived, deque()
         queued = [request for queue in self._queues.values() for request in queue]
         running = [request for rows in self._rows.values() for request in rows if request is not None]
+        self._lanes.clear()  # before there are new ones: memory need not hold the caches of both
         self._open_lanes()
         for request in (*arrived, *queued, *running):
             request.slot = None
