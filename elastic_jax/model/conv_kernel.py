@@ -17,7 +17,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, STRIP = 128, 64  # the rows of a strip, whose values stay in registers
+from elastic_jax.model.tiles import LANES, SUBLANES, sigmoid
+
+STRIP = 64  # the rows of a strip, whose values stay in registers
 HALO = 16  # rows of the tile before that a tile reads: a tile of bfloat16
 ROWS, WIDTH = 512, 512  # of a tile
 
@@ -25,7 +27,7 @@ ROWS, WIDTH = 512, 512  # of a tile
 def fits_conv_kernel(shape_BxTxC: tuple[int, ...], taps: int) -> bool:
     """Whether the tokens and channels of this shape are whole tiles, and the rows before a tile hold all taps."""
     _, length, *channels = shape_BxTxC
-    return length % LANES == 0 and math.prod(channels) % LANES == 0 and taps <= HALO // 2
+    return length % LANES == 0 and math.prod(channels) % LANES == 0 and taps <= SUBLANES
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
@@ -65,7 +67,6 @@ class _Tiles:
         self.before = pl.BlockSpec((1, HALO, self.width), lambda c, b, t: (b, jnp.maximum(at(t) * per_tile - 1, 0), c))
         self.same = pl.BlockSpec((1, self.rows, LANES), lambda c, b, t: (b, at(t), 0))
         self.of_channel = lambda rows: pl.BlockSpec((rows, self.width), lambda c, b, t: (0, c))
-        self.at, self.last = at, count - 1
 
     def lanes(self) -> list[slice]:
         return [slice(start, start + LANES) for start in range(0, self.width, LANES)]
@@ -102,13 +103,13 @@ def _backward(interpret: bool, residuals: tuple[jax.Array, ...], y_grad: jax.Arr
     taps = len(kernel)
     tiles = _Tiles(u.shape, taps, reverse=True)
     specs = [tiles.own, tiles.before, tiles.of_channel(taps), tiles.of_channel(1), tiles.same, tiles.own]
-    sums = (taps + 1) * 8
+    sums = (taps + 1) * SUBLANES
     out = [jax.ShapeDtypeStruct(u.shape, u.dtype), jax.ShapeDtypeStruct((sums, u.shape[-1]), jnp.float32)]
-    of_tile, of_next = (HALO + tiles.rows, LANES), (tiles.width // LANES, taps, 8, LANES)
-    scratch = [of_tile, (taps, tiles.rows + 8, LANES), of_next]
+    of_tile, of_next = (HALO + tiles.rows, LANES), (tiles.width // LANES, taps, SUBLANES, LANES)
+    scratch = [of_tile, (taps, tiles.rows + SUBLANES, LANES), of_next]
     inputs = [u, u, kernel, bias, same, y_grad.astype(u.dtype)]
     u_grad, sums = tiles.call(_backward_kernel, interpret, inputs, specs, out, [tiles.own, tiles.of_channel(sums)], scratch)
-    of_tap = sums.reshape(taps + 1, 8, -1).sum(axis=1)
+    of_tap = sums.reshape(taps + 1, SUBLANES, -1).sum(axis=1)
     return u_grad, of_tap[:taps][::-1], of_tap[taps:], np.zeros(same.shape, jax.dtypes.float0)
 
 
@@ -116,9 +117,8 @@ _conv_silu.defvjp(_forward, _backward)
 
 
 def _load(tiles: _Tiles, u: Any, before: Any, lanes: slice, held: Any) -> None:
-    """A tile's lanes, after the rows before it, as float32; before the first token there are zeros."""
-    first = tiles.at(pl.program_id(2)) == 0
-    held[:HALO] = jnp.where(first, 0.0, before[0, :, lanes].astype(jnp.float32))
+    """A tile's lanes, after the rows before it, as float32; what stands before the first token is of no token's document."""
+    held[:HALO] = before[0, :, lanes].astype(jnp.float32)
 
     def strip(row: Any, _: None) -> None:
         held[pl.ds(HALO + row, STRIP)] = u[0, pl.ds(row, STRIP), lanes].astype(jnp.float32)
@@ -147,7 +147,7 @@ def _forward_kernel(tiles: _Tiles, u: Any, before: Any, kernel: Any, bias: Any, 
 
         def strip(row: Any, _: None, lanes: slice = lanes) -> None:
             z, _ = _convolved(held, kernel, bias, _is_same(same, row, tiles.taps), lanes, row)
-            y[0, pl.ds(row, STRIP), lanes] = (z * _sigmoid(z)).astype(y.dtype)
+            y[0, pl.ds(row, STRIP), lanes] = (z * sigmoid(z)).astype(y.dtype)
 
         tiles.strips(strip)
 
@@ -172,28 +172,23 @@ def _backward_kernel(
         def strip(row: Any, total: Any, lanes: slice = lanes) -> Any:
             is_same = _is_same(same, row, taps)
             z, shifted = _convolved(held, kernel, bias, is_same, lanes, row)
-            gate = _sigmoid(z)
+            gate = sigmoid(z)
             own = dy[0, pl.ds(row, STRIP), lanes].astype(jnp.float32) * gate * (1.0 + z * (1.0 - gate))
             parts = [own, *(jnp.where(is_same[s], own, 0.0) for s in range(1, taps))]
             for s, part in enumerate(parts):
                 dz[s, pl.ds(row, STRIP)] = part
             products = [part * x for part, x in zip(parts, shifted, strict=True)] + [own]
-            return tuple(sum_ + p.reshape(-1, 8, LANES).sum(axis=0) for sum_, p in zip(total, products, strict=True))
+            return tuple(sum_ + p.reshape(-1, SUBLANES, LANES).sum(axis=0) for sum_, p in zip(total, products, strict=True))
 
-        total = tiles.strips(strip, tuple(jnp.zeros((8, LANES), jnp.float32) for _ in range(taps + 1)))
+        total = tiles.strips(strip, tuple(jnp.zeros((SUBLANES, LANES), jnp.float32) for _ in range(taps + 1)))
         for s, own in enumerate(total):
-            sums[s * 8 : (s + 1) * 8, lanes] += own
+            sums[s * SUBLANES : (s + 1) * SUBLANES, lanes] += own
         for s in range(1, taps):
             dz[s, rows:] = after[n, s]
-            after[n, s] = dz[s, :8]
+            after[n, s] = dz[s, :SUBLANES]
 
         def inputs(row: Any, _: None, lanes: slice = lanes) -> None:
             parts = [dz[s, pl.ds(row + s, STRIP)] * kernel[taps - 1 - s : taps - s, lanes] for s in range(taps)]
             du[0, pl.ds(row, STRIP), lanes] = sum(parts[1:], parts[0]).astype(du.dtype)
 
         tiles.strips(inputs)
-
-
-def _sigmoid(z: jax.Array) -> jax.Array:
-    """By tanh, one operation of the chip where 1 / (1 + exp(-z)) is a dozen."""
-    return 0.5 + 0.5 * jnp.tanh(0.5 * z)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-LANES = 128
+from elastic_jax.model.tiles import LANES
+
 # At most so many tokens a block, by the TPU compiler's estimates (experiments/bench/chip.py).
 BLOCK = 1024
 # Of fewer tokens the whole square is small, and XLA's own fusions do.

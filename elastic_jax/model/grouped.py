@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import by_platform
 
-BLOCK = 64
+BLOCK = 64  # rows that every expert's are padded to
+LARGEST = 128  # rows of a block where experts run in turn
 
 
 class Matmuls(NamedTuple):
@@ -125,10 +126,10 @@ def _run_in_turn(
     return _collected([out[:pairs] for out in outputs], plan, ids_NxK)
 
 
-def block_size(pairs: int, experts: int, largest: int = 2 * BLOCK) -> int:
+def block_size(pairs: int, experts: int) -> int:
     """Rows of a block: one where an expert has few, as a vector's matmul packs nothing; else half an expert's even share."""
     size = 1 if pairs <= 2 * experts else 4
-    while size < largest and 4 * size * experts <= pairs:
+    while size < LARGEST and 4 * size * experts <= pairs:
         size *= 2
     return size
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, SUBLANES = 128, 16
+from elastic_jax.model.tiles import LANES
+
+ROW_TILE = 16  # rows of a tile of bfloat16
 ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
 WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
 MEMORY = 48 * 2**20
@@ -112,7 +114,7 @@ def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: ja
     rows, depth = rows_RxC.shape
     stored_width, stored_embed = w_GxExFxD.shape[2:]
     columns = corner.width if into else corner.embed
-    other = _whole(depth, stored_embed, LANES) if into else _whole(depth, stored_width, SUBLANES)
+    other = _whole(depth, stored_embed, LANES) if into else _whole(depth, stored_width, ROW_TILE)
     tile = _tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize)
     if into:
         shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)

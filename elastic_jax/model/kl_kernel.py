@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, STRIP = 128, 16  # the rows of a strip, whose values stay in registers
+from elastic_jax.model.tiles import LANES
+
+STRIP = 16  # the rows of a strip, whose values stay in registers
 ROWS, COLUMNS = 256, 2048  # of a tile
 _BELOW = -1e30  # its exponential is 0
 

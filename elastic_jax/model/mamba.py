@@ -92,7 +92,7 @@ def mamba(
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
         cache = trial if context.trial else cache
     operands = y_BxTxGxMxP, x_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
-    normed_BxTxGxMxP = _gated_norm(operands, context, cache, enter(soft.gated_ratio, axes))
+    normed_BxTxGxMxP = _gated_norm(operands, context, cache, soft.gated_ratio)
     # Flat, so that XLA takes the kernel's output as it lies.
     out_CxD = params['out'].reshape(-1, params['out'].shape[-1])
     y_BxTxD = leave(linear(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), out_CxD), axes)
@@ -112,10 +112,12 @@ def _conv_silu(
 def _gated_norm(operands: tuple[jax.Array, ...], context: Context, cache: Any, ratio: Any) -> jax.Array:
     """The skip, gate and grouped norm of (y, x, z, d, scale): [B, T, G, M, P] in x's type."""
 
+    axes = context.shards.of('mamba_groups')
+
     def plain(y: jax.Array, x: jax.Array, z: jax.Array, d_GxM: jax.Array, scale: jax.Array) -> jax.Array:
         y = y + d_GxM[None, None, ..., None] * x.astype(jnp.float32)
         gated = y * jax.nn.silu(z.astype(jnp.float32))
-        return rms_norm(gated, scale, context.norm_eps, ratio, axes=(-2, -1)).astype(x.dtype)
+        return rms_norm(gated, scale, context.norm_eps, enter(ratio, axes), axes=(-2, -1)).astype(x.dtype)
 
     # A masked model, whose ratio is learned, is for search: it has no kernel.
     fits = cache is None and isinstance(ratio, float) and fits_gated_norm_kernel(operands[1].shape)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-LANES, SUBLANES, CHUNK = 128, 8, 128
+from elastic_jax.model.tiles import LANES, SUBLANES
+
+CHUNK = 128
 ENOUGH, WIDEST = 1024, 2048  # channels of a step of the grid: what it is worth, and what on-chip memory holds
 
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.ssd_blocks import CHUNK, LANES, SUBLANES, Blocks, groups_of_a_block
+from elastic_jax.model.ssd_blocks import CHUNK, Blocks, groups_of_a_block
+from elastic_jax.model.tiles import LANES, SUBLANES
 
 _BELOW = -1e30  # its exponential is 0
 

@@ -9,7 +9,7 @@ from elastic_jax.train.config import default_config, stage
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 # Their keys are names that the experiment chooses, or are looked at where they are read.
-OPEN = ('arch', 'budgets', 'widths', 'choices', 'stages', 'data', 'evaluators', 'plan')
+OPEN = ('budgets', 'widths', 'choices', 'stages', 'data', 'evaluators')
 AT_LEAST_ONE = (
     *('log_every', 'max_bad_steps', 'loss_chunk', 'checkpoint.every', 'checkpoint.keep'),
     *(f'{section}.{key}' for section in ('calibrate', 'eval') for key in ('batches', 'batch_size', 'context')),
@@ -20,7 +20,6 @@ def config_problems(config: ConfigDict) -> list[str]:
     """One sentence for each key that nothing reads, and for each number or dtype that cannot be."""
     known = default_config()
     problems = _unknown(config, known, 'config')
-    problems += _unknown(config.arch, known.arch, 'config.arch') + _unknown(config.plan, known.plan, 'config.plan')
     for name, own in config.stages.items():
         whole = stage('elastic', 1, 1, 1)
         problems += _unknown(own, whole, f'config.stages.{name}')

@@ -329,6 +329,8 @@ def main() -> None:
     if not names:
         raise SystemExit(f'no piece begins with {arguments.pieces!r}; there are {", ".join(PIECES)}')
     for topology in arguments.topology.split(','):
+        if topology.partition(':')[0] not in BYTES:
+            raise SystemExit(f'the memory of {topology} is not known; there are {", ".join(BYTES)}')
         report(topology, names)
 
 
