@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.ssd_blocks import WIDEST, groups_of_a_block
+from elastic_jax.model.ssd_blocks import WIDEST, groups_in_lanes
 from elastic_jax.model.tiles import LANES, SUBLANES, sigmoid
 
 STRIP = 16  # the rows of a strip: a tile of bfloat16
@@ -24,7 +24,7 @@ ROWS, MOST = 256, 256 * 1024  # rows of a tile, and numbers of it that the chip 
 def fits_gated_norm_kernel(shape_BxTxGxMxP: tuple[int, ...]) -> bool:
     """Whether the tokens of this shape are whole tiles, and so are some groups that find room on the chip."""
     _, length, groups, heads, channels = shape_BxTxGxMxP
-    width = groups_of_a_block(groups, heads * channels, LANES) * heads * channels
+    width = groups_in_lanes(groups, heads * channels)[0] * heads * channels
     return length % LANES == 0 and width % LANES == 0 and width <= WIDEST
 
 
@@ -54,7 +54,7 @@ class _Tiles:
     def __init__(self, shape: tuple[int, ...], groups: int, eps: float):
         batch, length, channels = shape
         self.group, self.eps = channels // groups, eps
-        self.groups = groups_of_a_block(groups, self.group, LANES)
+        self.groups = groups_in_lanes(groups, self.group)[0]
         self.width = self.groups * self.group
         self.rows = ROWS if length % ROWS == 0 and ROWS * self.width <= MOST else LANES
         self.grid = (channels // self.width, batch, length // self.rows)

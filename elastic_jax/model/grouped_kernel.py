@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import LANES
+from elastic_jax.model.tiles import LANES, MEMORY
 
 ROW_TILE = 16  # rows of a tile of bfloat16
 ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
 WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
-MEMORY = 48 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,23 +14,31 @@ import jax.numpy as jnp
 from elastic_jax.model.tiles import LANES, SUBLANES
 
 CHUNK = 128
-ENOUGH, WIDEST = 1024, 2048  # channels of a step of the grid: what it is worth, and what on-chip memory holds
+WIDEST = 2048  # channels of a step of the grid that on-chip memory holds
 
 
 def fits_ssd_kernel(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
     """Whether tiles hold x of this shape: whole chunks, states of whole lanes, heads that fill lanes or are filled by them, and
     groups of which some are whole lanes and find room on the chip.
     """
-    _, length, groups, heads, channels = shape_BxTxGxMxP
-    width = groups_of_a_block(groups, heads * channels) * heads * channels
+    batch, length, groups, heads, channels = shape_BxTxGxMxP
+    width = groups_of_a_block(batch, groups, heads * channels) * heads * channels
     whole = LANES % channels == 0 or channels % LANES == 0
     return length >= CHUNK and state % LANES == 0 and whole and width <= WIDEST
 
 
-def groups_of_a_block(groups: int, width: int, enough: int = ENOUGH) -> int:
-    """The fewest groups whose channels are whole lanes, and enough of them to be worth a step of the grid; else all."""
-    fits = (n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0 and n * width >= enough)
-    return next(fits, groups)
+def groups_of_a_block(batch: int, groups: int, width: int) -> int:
+    """As many groups of `width` channels as a step of the grid has room for: a step costs something of its own. Of one sequence
+    at most half of them, as two cores may share the groups.
+    """
+    whole = groups_in_lanes(groups, width)
+    fits = [n for n in whole if n * width <= WIDEST and (batch > 1 or n < groups)]
+    return max(fits, default=whole[0])
+
+
+def groups_in_lanes(groups: int, width: int) -> list[int]:
+    """How many groups of `width` channels may go together: equal parts whose channels are whole lanes, and all."""
+    return [*(n for n in range(1, groups) if groups % n == 0 and n * width % LANES == 0), groups]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Blocks:
     def width(self) -> int:
         """Lanes of x."""
         return self.heads * self.channels
+
+    def lanes_of(self, group: int) -> slice:
+        per_group = self.per_group * self.channels
+        return slice(group * per_group, (group + 1) * per_group)
 
     def units(self) -> list[Unit]:
         size = max(1, LANES // self.channels)
@@ -93,6 +105,11 @@ class Unit:
         """[R, rows of the block] -> [R, lanes]: each head's column on all of its lanes."""
         width = self.lanes.stop - self.lanes.start
         return self.pick([jnp.broadcast_to(columns[:, h : h + 1], (columns.shape[0], width)) for h in self.heads])
+
+    def fill(self, x: jax.Array) -> jax.Array:
+        """[R, 128] of equal columns -> [R, lanes]."""
+        width = self.lanes.stop - self.lanes.start
+        return x if width == x.shape[1] else jnp.broadcast_to(x[:, :1], (x.shape[0], width))
 
     def only(self, x: jax.Array, heads: Sequence[int]) -> jax.Array:
         """x [R, lanes] with zeros on the lanes of other heads; `heads` are neighbours."""

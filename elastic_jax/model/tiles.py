@@ -1,4 +1,4 @@
-"""What the kernels for TPU share: the size of its registers, and a sigmoid."""
+"""What the kernels for TPU share: the sizes of its registers and memory, and a sigmoid."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 LANES, SUBLANES = 128, 8  # of a register of 32-bit numbers
+MEMORY = 48 * 2**20  # bytes on the chip that a large kernel may take
 
 
 def sigmoid(z: jax.Array) -> jax.Array:

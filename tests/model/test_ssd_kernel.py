@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -69,6 +70,20 @@ def test_the_kernel_is_the_recurrence_and_its_gradients_are_those_of_the_loop(sh
         # That of a is a sum over tokens, of terms as large as those of dt.
         size = np.linalg.norm(gradients[1] * inputs[1] if n == 2 else gradient * direction[n])
         np.testing.assert_allclose(np.vdot(np.float64(gradient), direction[n]), along, atol=2e-5 * size)
+
+
+def test_in_bfloat16_the_gradient_of_the_decay_survives_decays_that_leave_nothing():
+    """What l gains at one token it loses at the next, all through a chunk: summed rounded, it would be four times too large here."""
+    (x, _, _, b, c), ids, weight = draw((1, 2, 64, 128), 2 * CHUNK)
+    rng = np.random.default_rng(2)
+    dt = np.exp(rng.uniform(np.log(1e-3), np.log(2), size=x.shape[:-1])).astype(np.float32)
+    a = -rng.uniform(0.5, 16, size=x.shape[2:4]).astype(np.float32)
+    x, b, c = (jnp.asarray(u, jnp.bfloat16) for u in (x, b, c))
+    gradient = jax.jit(lambda a: jax.vjp(lambda a: ssd_by_kernel(x, dt, a, b, c, ids, interpret=True), a)[1](weight)[0])(a)
+    for m in range(2):
+        moved = lambda sign, m=m: np.float64(a) * (1 + sign * 1e-5 * (np.arange(2) == m))
+        along = ((loop((x, dt, moved(1), b, c), ids) - loop((x, dt, moved(-1), b, c), ids)) * weight).sum() / 2e-5
+        np.testing.assert_allclose(gradient[0, m] * a[0, m], along, rtol=0.05)
 
 
 def test_all_gradients_are_those_of_the_plain_form_without_documents():
