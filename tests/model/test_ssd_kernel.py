@@ -73,7 +73,7 @@ def test_the_kernel_is_the_recurrence_and_its_gradients_are_those_of_the_loop(sh
 
 
 def test_in_bfloat16_the_gradient_of_the_decay_survives_decays_that_leave_nothing():
-    """What l gains at one token it loses at the next, all through a chunk: summed rounded, it would be four times too large here."""
+    """What l gains at one token it loses at the next: summed rounded over a chunk, it would be four times too large here."""
     (x, _, _, b, c), ids, weight = draw((1, 2, 64, 128), 2 * CHUNK)
     rng = np.random.default_rng(2)
     dt = np.exp(rng.uniform(np.log(1e-3), np.log(2), size=x.shape[:-1])).astype(np.float32)
