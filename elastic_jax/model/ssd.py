@@ -38,21 +38,12 @@ def ssd(
     x, dt, b, c = map(split, (x_BxTxGxMxP, dt_BxTxGxM, b_BxTxGxN, c_BxTxGxN))
     scaled = x * dt[..., None].astype(x.dtype)  # [B, C, Q, G, M, P]
     cumulative = jnp.cumsum(jnp.moveaxis(dt * a_GxM[None, None, None], 2, -1), axis=-1)  # [B, C, G, M, Q]
-    total = cumulative[..., -1]
-
     steps = jnp.arange(chunk)
     within = (steps[:, None] >= steps[None, :])[None, None, None, None]
-    to_end = jnp.exp(total[..., None] - cumulative)
-    from_start, carry = jnp.exp(cumulative), jnp.exp(total)
-    if segment_ids_BxT is not None:
-        segments = split(segment_ids_BxT)
-        last = segments[:, :, -1]
-        before = jnp.concatenate([segments[:, :1, 0], last[:, :-1]], axis=1)  # the document the carried state belongs to
-        heads = lambda u: u[:, :, None, None]
-        within = within & heads(segments[:, :, :, None] == segments[:, :, None, :])
-        to_end = jnp.where(heads(segments == last[..., None]), to_end, 0.0)
-        from_start = jnp.where(heads(segments == before[..., None]), from_start, 0.0)
-        carry = jnp.where(heads(last == before), carry, 0.0)
+    segments_BxCxQ = None if segment_ids_BxT is None else split(segment_ids_BxT)
+    from_start, to_end, carry = crossing(cumulative, segments_BxCxQ)
+    if segments_BxCxQ is not None:
+        within = within & (segments_BxCxQ[:, :, :, None] == segments_BxCxQ[:, :, None, :])[:, :, None, None]
 
     difference = cumulative[..., :, None] - cumulative[..., None, :]
     decay = jnp.where(within, jnp.exp(jnp.where(within, difference, 0.0)), 0.0)  # [B, C, G, M, Q, K]
@@ -74,6 +65,23 @@ def ssd(
     carried = jnp.einsum('bcqgn,cbgmpn->bcqgmp', c, before_chunk.astype(c.dtype), **f32)
     y = y + carried * jnp.moveaxis(from_start, -1, 2)[..., None]
     return y.reshape(batch, -1, *y.shape[3:])[:, :length], final
+
+
+def crossing(cumulative_BxCxGxMxQ: jax.Array, segments_BxCxQ: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is left of the state before a chunk at each token, of each token at the chunk's end [B, C, G, M, Q], and of that state
+    there [B, C, G, M]; zero across the boundary of a document.
+    """
+    total = cumulative_BxCxGxMxQ[..., -1]
+    to_end = jnp.exp(total[..., None] - cumulative_BxCxGxMxQ)
+    from_start, carry = jnp.exp(cumulative_BxCxGxMxQ), jnp.exp(total)
+    if segments_BxCxQ is not None:
+        last = segments_BxCxQ[:, :, -1]
+        before = jnp.concatenate([segments_BxCxQ[:, :1, 0], last[:, :-1]], axis=1)  # the document the carried state belongs to
+        heads = lambda u: u[:, :, None, None]
+        to_end = jnp.where(heads(segments_BxCxQ == last[..., None]), to_end, 0.0)
+        from_start = jnp.where(heads(segments_BxCxQ == before[..., None]), from_start, 0.0)
+        carry = jnp.where(heads(last == before), carry, 0.0)
+    return from_start, to_end, carry
 
 
 def ssd_step(
