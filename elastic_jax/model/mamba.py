@@ -20,6 +20,7 @@ from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
 from elastic_jax.model.ssd_blocks import fits_ssd_kernel
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
+from elastic_jax.model.ssd_triton import fits_ssd_triton, ssd_by_triton
 
 CPU_CHUNK = 64  # tokens; what is made for every pair of a chunk's tokens costs a CPU more than passing states on
 
@@ -85,8 +86,10 @@ def mamba(
     a_GxM = -jnp.exp(params['a_log'])
     if cache is None:
         operands = x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN, context.segment_ids_BxT
-        kernels = context.kernels if fits_ssd_kernel(x_BxTxGxMxP.shape, mixer.state) else 'xla'
-        y_BxTxGxMxP = by_platform(kernels, ssd_by_kernel, lambda *args: ssd(*args, mixer.chunk)[0], *operands)
+        kernel = ssd_by_kernel if fits_ssd_kernel(x_BxTxGxMxP.shape, mixer.state) else None
+        cuda = ssd_by_triton if fits_ssd_triton(x_BxTxGxMxP.shape, mixer.state) else None
+        plain = lambda *args: ssd(*args, mixer.chunk)[0]
+        y_BxTxGxMxP = by_platform(context.kernels, kernel, plain, *operands, cuda=cuda)
     else:
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)

@@ -22,7 +22,7 @@ products with one rounding, and cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,15 +35,16 @@ from elastic_jax.model.ssd import crossing
 
 CHUNK = 64  # with 128, the squares of tokens alone would fill half of a program's registers
 BLOCK = 64  # states or channels of a block that is passed on
+STATE = 2**14  # numbers of a head's state that find room
 HEADS = 8  # at most so many of a group in one program, which share S
 _BELOW = -1e30  # its exponential is 0
 
 
 def fits_ssd_triton(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
-    """Whether there are kernels for x of this shape: tiles are powers of two that the chip's matmuls and memory take."""
+    """Whether there are kernels for x of this shape: tiles are powers of two, of which a head's state finds room on the chip."""
     length, channels = shape_BxTxGxMxP[1], shape_BxTxGxMxP[-1]
     tile = lambda size, most: 16 <= size <= most and size & (size - 1) == 0
-    return length >= CHUNK and tile(channels, 128) and tile(state, 256)
+    return length >= CHUNK and tile(channels, 128) and tile(state, 256) and channels * state <= STATE
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
@@ -78,17 +79,11 @@ def _run_forward(interpret: bool, *inputs: jax.Array) -> tuple[jax.Array, tuple[
     x, dt, sums, b, c, ids = inputs
     start, end, carry = crossing(sums, ids)
     states = _pass_on(b, x, end * dt, carry, None, x.dtype, interpret)[0]
-    blocks = _Blocks.of(x, b.shape[-1])
-    y = pl.pallas_call(
-        _output_kernel,
-        grid=blocks.grid,
-        in_specs=[blocks.heads, *[blocks.group] * 2, *[blocks.rows] * 3, blocks.ids, blocks.states],
-        out_specs=blocks.heads,
-        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name='ssd_outputs',
-    )(x, b, c, dt, sums, start, ids, states)
+    of = _Blocks.of(x, b.shape[-1])
+    given = [(x, of.heads), (b, of.group), (c, of.group), *_each((dt, sums, start), of.rows), (ids, of.ids), (states, of.states)]
+    (y,) = _by_chunk(
+        'ssd_outputs', _output_kernel, of, given, [(jax.ShapeDtypeStruct(x.shape, jnp.float32), of.heads)], interpret
+    )
     return y, (*inputs, states, y)
 
 
@@ -96,21 +91,15 @@ def _run_backward(interpret: bool, saved: tuple[jax.Array, ...], dy: jax.Array) 
     x, dt, sums, b, c, ids, states, y = saved
     start, end, carry = crossing(sums, ids)
     after, ended_BxCxGxM = _pass_on(c, dy, start, carry, states, x.dtype, interpret)
-    blocks = _Blocks.of(x, b.shape[-1])
-    shares = jax.ShapeDtypeStruct((*b.shape[:3], x.shape[3] // _together(x.shape[3]), b.shape[-1]), jnp.float32)
-    dx, d_dt, d_sums, db, dc = pl.pallas_call(
-        _backward_kernel,
-        grid=blocks.grid,
-        in_specs=[
-            *[blocks.heads, blocks.group, blocks.group, *[blocks.rows] * 4, blocks.ids],
-            *[blocks.states, blocks.states, blocks.heads, blocks.heads],
-        ],
-        out_specs=[blocks.heads, blocks.rows, blocks.rows, blocks.shares, blocks.shares],
-        out_shape=[*(jax.ShapeDtypeStruct(u.shape, u.dtype) for u in (x, dt, sums)), shares, shares],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
-        interpret=interpret,
-        name='ssd_gradients',
-    )(x, b, c, dt, sums, start, end, ids, states, after, y, dy)
+    of = _Blocks.of(x, b.shape[-1])
+    given = [(x, of.heads), (dy, of.heads), (b, of.group), (c, of.group), (ids, of.ids), *_each((dt, sums, end), of.rows)]
+    own = [(x, of.heads), (dt, of.rows), (sums, of.rows)]
+    of_heads = [*given, (after, of.states), (y, of.heads)]
+    dx, d_dt, d_sums = _by_chunk('ssd_head_gradients', _head_gradient_kernel, of, of_heads, own, interpret)
+    parts = x.shape[3] // _together(x.shape[3])
+    shares = [(jax.ShapeDtypeStruct((*b.shape[:3], parts, b.shape[-1]), jnp.float32), of.shares)] * 2
+    of_group = [*given, (start, of.rows), (states, of.states), (after, of.states)]
+    db, dc = _by_chunk('ssd_group_gradients', _group_gradient_kernel, of, of_group, shares, interpret)
     narrow = lambda u: u.sum(axis=3).astype(b.dtype)
     return dx, d_dt, d_sums.at[..., -1].add(ended_BxCxGxM), narrow(db), narrow(dc), None
 
@@ -119,11 +108,8 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """Sum over dimension over[0] of x and over[1] of y, in float32; of float32 without rounding to the matmuls' TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    """Sum over dimension over[0] of x and over[1] of y, in float32; of float32 as exact as JAX's `default_matmul_precision`."""
+    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _scaled(x: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -206,6 +192,7 @@ class _Blocks(NamedTuple):
     ids: pl.BlockSpec  # [B, C, Q]
     states: pl.BlockSpec  # [B, C, G, M, N, P]
     shares: pl.BlockSpec  # [B, T, G, parts of M, N]
+    warps: int
 
     @classmethod
     def of(cls, x_BxTxGxMxP: jax.Array, state: int) -> _Blocks:
@@ -221,7 +208,33 @@ class _Blocks(NamedTuple):
             pl.BlockSpec((None, None, CHUNK), lambda n, j, i: (i, n, 0)),
             pl.BlockSpec((None, None, None, some, state, channels), lambda n, j, i: (i, n, *place(j), 0, 0)),
             pl.BlockSpec((None, CHUNK, None, None, state), lambda n, j, i: (i, n, *place(j), 0)),
+            4 if channels * state * x_BxTxGxMxP.dtype.itemsize <= 2**14 else 8,  # by what ptxas can keep in registers
         )
+
+
+def _each(arrays: Sequence[jax.Array], spec: pl.BlockSpec) -> list[tuple[jax.Array, pl.BlockSpec]]:
+    return [(u, spec) for u in arrays]
+
+
+def _by_chunk(
+    name: str,
+    kernel: Callable[..., None],
+    blocks: _Blocks,
+    given: Sequence[tuple[jax.Array, pl.BlockSpec]],
+    made: Sequence[tuple[Any, pl.BlockSpec]],
+    interpret: bool,
+) -> list[jax.Array]:
+    """A program for every chunk and some heads of a group; arrays and what is like those to be made, with their blocks."""
+    return pl.pallas_call(
+        kernel,
+        grid=blocks.grid,
+        in_specs=[spec for _, spec in given],
+        out_specs=[spec for _, spec in made],
+        out_shape=[jax.ShapeDtypeStruct(u.shape, u.dtype) for u, _ in made],
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=2),
+        interpret=interpret,
+        name=name,
+    )(*(u for u, _ in given))
 
 
 def _parts(size: int) -> list[pl.Slice]:
@@ -229,18 +242,21 @@ def _parts(size: int) -> list[pl.Slice]:
     return [pl.ds(n, min(size, BLOCK)) for n in range(0, size, BLOCK)]
 
 
-def _scores_and_decay(b, c, ids) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """S [Q, K], and L of a head's l."""
+def _scores(b, c) -> jax.Array:
+    """S [Q, K]."""
+    return sum(_dot(c[:, part], b[:, part], (1, 1)) for part in _parts(b.shape[-1]))
+
+
+def _decay(ids) -> Callable[[jax.Array], jax.Array]:
+    """L [Q, K] of a head's l."""
     q, k = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
     own = ids[...]
     within = (q >= k) & (own[:, None] == own[None, :])
-    scores = sum(_dot(c[:, part], b[:, part], (1, 1)) for part in _parts(b.shape[-1]))
-    return scores, lambda sums: jnp.exp(jnp.where(within, sums[:, None] - sums[None, :], _BELOW))
+    return lambda sums: jnp.exp(jnp.where(within, sums[:, None] - sums[None, :], _BELOW))
 
 
 def _output_kernel(x, b, c, dt, sums, start, ids, states, y) -> None:
-    dtype = x.dtype
-    scores, decay = _scores_and_decay(b, c, ids)
+    dtype, scores, decay = x.dtype, _scores(b, c), _decay(ids)
 
     def head(h: jax.Array, _: int) -> int:
         carried = sum(_dot(c[:, part], states[h, part], (1, 0)) for part in _parts(b.shape[-1]))
@@ -251,30 +267,37 @@ def _output_kernel(x, b, c, dt, sums, start, ids, states, y) -> None:
     jax.lax.fori_loop(0, x.shape[1], head, 0)
 
 
-def _backward_kernel(
-    x, b, c, dt, sums, start, end, ids, states, after, y, dy, dx, d_dt, d_sums, db, dc
-) -> None:  # fmt: skip
-    """`after` is the gradient of the state after the chunk."""
-    dtype, parts = x.dtype, _parts(b.shape[-1])
-    scores, decay = _scores_and_decay(b, c, ids)
+def _head_gradient_kernel(x, dy, b, c, ids, dt, sums, end, after, y, dx, d_dt, d_sums) -> None:
+    """`after` is the gradient of the state after the chunk; of l, what its last token has of that state is left out."""
+    dtype, scores, decay = x.dtype, _scores(b, c), _decay(ids)
 
-    def head(h: jax.Array, d_scores: jax.Array) -> jax.Array:
-        own_decay, own_dt, own = decay(sums[h]), dt[h], x[:, h]
-        scaled, narrow = _scaled(own, own_dt, dtype), dy[:, h].astype(dtype)
-        given = sum(_dot(b[:, part], after[h, part], (1, 0)) for part in parts)
-        u = _dot((scores * own_decay).astype(dtype), narrow, (0, 0)) + end[h][:, None] * given
+    def head(h: jax.Array, _: int) -> int:
+        own_dt, own, narrow = dt[h], x[:, h], dy[:, h].astype(dtype)
+        given = sum(_dot(b[:, part], after[h, part], (1, 0)) for part in _parts(b.shape[-1]))
+        u = _dot((scores * decay(sums[h])).astype(dtype), narrow, (0, 0)) + end[h][:, None] * given
         dx[:, h] = (own_dt[:, None] * u).astype(dx.dtype)
         d_dt[h] = jnp.sum(own.astype(jnp.float32) * u, axis=1)
-        d_sums[h] = jnp.sum(y[:, h] * narrow.astype(jnp.float32) - scaled.astype(jnp.float32) * u, axis=1)
-        return d_scores + own_decay * _dot(narrow, scaled, (1, 1))
+        scaled = _scaled(own, own_dt, dtype).astype(jnp.float32)  # rounded as in y, or a token's own part would not cancel
+        d_sums[h] = jnp.sum(y[:, h] * narrow.astype(jnp.float32) - scaled * u, axis=1)
+        return _
 
-    d_scores = jax.lax.fori_loop(0, x.shape[1], head, jnp.zeros((CHUNK, CHUNK), jnp.float32)).astype(dtype)
-    for part in parts:
+    jax.lax.fori_loop(0, x.shape[1], head, 0)
 
-        def crossing(h: jax.Array, both: tuple[jax.Array, jax.Array], part: pl.Slice = part) -> tuple[jax.Array, jax.Array]:
+
+def _group_gradient_kernel(x, dy, b, c, ids, dt, sums, end, start, states, after, db, dc) -> None:
+    """The share of B's and C's gradients that these heads of a group have."""
+    dtype, decay, heads = x.dtype, _decay(ids), x.shape[1]
+
+    def inside(h: jax.Array, d_scores: jax.Array) -> jax.Array:
+        return d_scores + decay(sums[h]) * _dot(dy[:, h].astype(dtype), _scaled(x[:, h], dt[h], dtype), (1, 1))
+
+    d_scores = jax.lax.fori_loop(0, heads, inside, jnp.zeros((CHUNK, CHUNK), jnp.float32)).astype(dtype)
+    for part in _parts(b.shape[-1]):
+
+        def across(h: jax.Array, both: tuple[jax.Array, jax.Array], part: pl.Slice = part) -> tuple[jax.Array, jax.Array]:
             d_b, d_c = both
             ended, begun = _scaled(x[:, h], end[h] * dt[h], dtype), _scaled(dy[:, h], start[h], dtype)
             return d_b + _dot(ended, after[h, part], (1, 1)), d_c + _dot(begun, states[h, part], (1, 1))
 
-        inside = _dot(d_scores, c[:, part], (0, 0)), _dot(d_scores, b[:, part], (1, 0))
-        db[:, part], dc[:, part] = jax.lax.fori_loop(0, x.shape[1], crossing, inside)
+        own = _dot(d_scores, c[:, part], (0, 0)), _dot(d_scores, b[:, part], (1, 0))
+        db[:, part], dc[:, part] = jax.lax.fori_loop(0, heads, across, own)
