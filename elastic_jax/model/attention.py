@@ -14,6 +14,7 @@ from elastic_jax.arch import Attention, Rope
 from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.flash import fits_flash, flash_attention
+from elastic_jax.model.flash_triton import fits_flash_triton, flash_attention_by_triton
 from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.linear import linear
 from elastic_jax.model.norm import rms_norm
@@ -63,8 +64,10 @@ def attention(
         k_BxTxKxH = rotate(k_BxTxKxH, cos_BxTxH[:, :, None], sin_BxTxH[:, :, None])
     if cache is None:
         inputs = q_BxTxKxQxH, k_BxTxKxH, v_BxTxKxH, context.segment_ids_BxT
-        kernels = context.kernels if fits_flash(x_BxTxD.shape[1]) else 'xla'
-        heads_BxTxKxQxH = by_platform(kernels, flash_attention, attend_causally, *inputs)
+        length = x_BxTxD.shape[1]
+        kernel = flash_attention if fits_flash(length) else None
+        cuda = flash_attention_by_triton if fits_flash_triton(length, mixer.head_dim) else None
+        heads_BxTxKxQxH = by_platform(context.kernels, kernel, attend_causally, *inputs, cuda=cuda)
     else:
         cache = KVCache(
             _write(cache.k_BxKxHxS, jnp.moveaxis(k_BxTxKxH, 1, 3), context.length_B, 1),

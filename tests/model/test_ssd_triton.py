@@ -22,7 +22,7 @@ LENGTH = 2 * CHUNK + 40  # three chunks, the last padded
 
 
 def documents():
-    """Several in a chunk, one that begins with a chunk, one that ends past the next, an id that comes again; and one document alone."""
+    """Several in a chunk, one that begins with a chunk, one that ends past the next, an id that comes again; one alone."""
     ids = np.repeat([0, 1, 2, 3, 0], [10, 30, CHUNK - 40, CHUNK + 9, LENGTH - 2 * CHUNK - 9])
     return np.stack([ids, np.zeros_like(ids)]).astype(np.int32)
 
