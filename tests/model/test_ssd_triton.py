@@ -78,6 +78,17 @@ def test_in_bfloat16_values_and_gradients_are_within_its_rounding():
         np.testing.assert_allclose(np.float32(mine), exact, atol=(2**-7 if n in (2, 3) else 2**-8) * float(jnp.abs(exact).max()))
 
 
+def test_the_decay_has_no_gradient_in_documents_of_one_token():
+    """Whose y is dt x (b · c): it does not depend on a, and not by rounding to bfloat16 either."""
+    (x, dt, a, b, c), _, weight = draw((1, 2, 16, 16), CHUNK)
+    ids = np.tile(np.arange(CHUNK, dtype=np.int32), (2, 1))
+    narrow = (jnp.asarray(u, jnp.bfloat16) for u in (b, c))
+    form = lambda *inputs: ssd_by_triton(*inputs, ids, interpret=True)
+    y, *gradients = both_ways(form, weight, jnp.asarray(x, jnp.bfloat16), dt, a, *narrow)
+    size = np.linalg.norm(y * weight * dt[..., None])
+    np.testing.assert_allclose(gradients[2], np.zeros_like(a), atol=1e-6 * size)
+
+
 def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for():
     mixer = Mamba(heads=6, head_dim=32, groups=2, state=64, chunk=32)
     layer = numpy_params(Arch.from_pattern('M', vocab=4, embed=6, mamba=mixer))['layer_000']
