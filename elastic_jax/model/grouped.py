@@ -1,9 +1,9 @@
 """Grouped matmul: every token through the experts it chose, dropless, with static shapes.
 
-Four forms with the same numbers. On TPU and GPU assignments are sorted by expert, for a kernel (`grouped_kernel.py`) or for
-`ragged_dot`. On CPU, where that computes every expert, each expert's rows are padded to whole blocks and one batched matmul runs
-over the blocks; where nothing asks for a gradient, a loop runs over just the blocks that hold rows, and decoding reads an
-expert's weights once for a token or two, not for sixty-four rows of padding.
+Forms with the same numbers. On TPU assignments are sorted by expert, for a kernel (`grouped_kernel.py`) or for `ragged_dot`. On
+CPU and NVIDIA GPUs, where that computes every expert, each expert's rows are padded to whole blocks, and one batched matmul runs
+over the blocks, or on such a GPU a kernel (`grouped_triton.py`). Where nothing asks for a gradient, on CPU a loop runs over just
+the blocks that hold rows, and decoding reads an expert's weights once for a token or two, not for sixty-four rows of padding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from elastic_jax.model import grouped_triton
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_triton import Blocks, block_matmul
 from elastic_jax.model.kernels import by_platform
 
 BLOCK = 64  # rows that every expert's are padded to
@@ -68,16 +70,19 @@ def apply_experts(
       ids_NxK: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       corner: of the stored weights.
       network: maps (rows [R, D], matmuls) to arrays [R, ...].
-      differentiable: whether a gradient may be asked for, which the loop of the fourth form does not have.
+      differentiable: whether a gradient may be asked for, which the loop on CPU does not have.
       kernels: a Context's.
     """
-    by_blocks = lambda x, ids: _run(x, ids, block_plan(ids, experts), corner, _block_matmul, network)
+    blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, network)
     by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, network)
     in_turn = lambda x, ids: _run_in_turn(x, ids, experts, corner, network)
-    on_cpu = by_blocks if differentiable else in_turn
-    plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, default=by_ragged)
-    by_kernel = partial(_run_by_kernel, experts=experts, corner=corner, network=network)
-    return by_platform(kernels, by_kernel, plain, x_NxD, ids_NxK)
+    on_cpu = blocks(BLOCK) if differentiable else in_turn
+    # A block's weights are gathered from its expert: of larger blocks a GPU keeps fewer copies, about three of all weights.
+    on_cuda = blocks(max(BLOCK, block_size(ids_NxK.size, experts, largest=ids_NxK.size)))
+    plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, cuda=on_cuda, default=by_ragged)
+    given = {'experts': experts, 'corner': corner, 'network': network}
+    kernel, cuda = partial(_run_by_kernel, **given), partial(_run_by_triton, **given)
+    return by_platform(kernels, kernel, plain, x_NxD, ids_NxK, cuda=cuda)
 
 
 def _run_by_kernel(
@@ -88,6 +93,16 @@ def _run_by_kernel(
     into = lambda rows, w: into_experts(corner, interpret, rows, w, grid)
     out_of = lambda rows, w: out_of_experts(corner, interpret, rows, w, grid)
     return _collected(network(_dispatch(x_NxD, plan), Matmuls(into, out_of)), plan, ids_NxK)
+
+
+def _run_by_triton(
+    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, interpret: bool
+) -> tuple[jax.Array, ...]:
+    plan = block_plan(ids_NxK, experts, grouped_triton.ROWS)
+    blocks_E = -(-_sizes(ids_NxK.reshape(-1), experts) // grouped_triton.ROWS)
+    blocks = Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
+    one_way = lambda into: lambda rows, w: block_matmul(corner, into, interpret, rows, w, blocks)
+    return _collected(network(_dispatch(x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_NxK)
 
 
 def _run_in_turn(
@@ -126,10 +141,10 @@ def _run_in_turn(
     return _collected([out[:pairs] for out in outputs], plan, ids_NxK)
 
 
-def block_size(pairs: int, experts: int) -> int:
+def block_size(pairs: int, experts: int, largest: int = LARGEST) -> int:
     """Rows of a block: one where an expert has few, as a vector's matmul packs nothing; else half an expert's even share."""
     size = 1 if pairs <= 2 * experts else 4
-    while size < LARGEST and 4 * size * experts <= pairs:
+    while size < largest and 4 * size * experts <= pairs:
         size *= 2
     return size
 

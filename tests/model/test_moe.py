@@ -88,6 +88,8 @@ def grouped_form(form, x, ids, weights, w, activation):
 
     if form in KERNELS:
         (out,) = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=form)
+    elif form == 'triton':
+        (out,) = grouped._run_by_triton(x, ids, EXPERTS, CORNER, network, interpret=True)
     elif form == 'ragged':
         (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, network)
     else:
@@ -116,7 +118,14 @@ ROUTINGS = {
 @pytest.mark.parametrize('routing', ROUTINGS)
 @pytest.mark.parametrize(
     ('form', 'activation'),
-    [('blocks', 'swiglu'), ('ragged', 'swiglu'), ('auto', 'relu2'), ('pallas', 'swiglu'), ('pallas', 'relu2')],
+    [
+        ('blocks', 'swiglu'),
+        ('ragged', 'swiglu'),
+        ('auto', 'relu2'),
+        ('pallas', 'swiglu'),
+        ('pallas', 'relu2'),
+        ('triton', 'swiglu'),
+    ],
     ids=str,
 )
 def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation, routing):
