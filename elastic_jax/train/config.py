@@ -75,7 +75,9 @@ def default_config() -> ConfigDict:
     config.dtype = 'float32'  # of the matmuls; parameters and optimiser stay float32
     config.remat = False  # keep only the layers' inputs and compute the rest again in the backward pass
     config.scan_layers = False  # repeated layers as loops: on pods, compile time then follows the distinct layers
-    config.kernels = 'auto'  # 'auto': Pallas kernels on TPU; 'xla': none; 'pallas': everywhere, interpreted where there is no TPU
+    # 'auto': Pallas kernels on TPU; 'xla': none; 'pallas': also on NVIDIA GPUs, where they have not been timed yet, and on CPU,
+    # where TPU's are interpreted (model/kernels.py).
+    config.kernels = 'auto'
     # Sizes of the mesh axes; -1: all remaining devices (parallel/mesh.py).
     config.mesh = ConfigDict({'replica': 1, 'fsdp': -1, 'expert': 1, 'tensor': 1})
     config.loss_chunk = 512

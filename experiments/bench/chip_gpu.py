@@ -1,7 +1,7 @@
 """What the kernels for NVIDIA GPUs are compiled to, on any machine: memory and matmuls of XLA's form and of the kernels.
 
   pip install 'jax[cuda12]'                                 no GPU is needed, nor touched
-  python experiments/bench/chip_gpu.py                      an H100, a minute
+  python experiments/bench/chip_gpu.py                      an H100, three minutes
   python experiments/bench/chip_gpu.py --pieces ssd         one of them
 
 Forward and backward of one layer's piece at the published widths, as in chip.py. Nothing runs, so there are no times: XLA
@@ -25,7 +25,7 @@ from typing import Any
 import chip
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from elastic_jax.hlo import matmul_flops
 from elastic_jax.model.flash_triton import flash_attention_by_triton
@@ -62,8 +62,12 @@ def compiled(form: Callable[..., Any], piece: chip.Piece) -> tuple[float, float,
     jax.config.update('jax_platforms', 'cpu')
     (device,) = topologies.get_topology_desc(topology_name='', platform='cuda', target_config=H100, topology='1x1x1').devices
     args = [jax.ShapeDtypeStruct(*arg, sharding=SingleDeviceSharding(device)) for arg in (piece.out, *piece.args)]
+    # Newer versions of JAX ask the mesh which GPU its Triton code is for.
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform='gpu')
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        lowered = jax.jit(chip.both_ways(form, piece)).lower(*args)
     with tempfile.TemporaryDirectory() as folder:
-        program = jax.jit(chip.both_ways(form, piece)).lower(*args).compile(compiler_options={'xla_dump_to': folder})
+        program = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_emitter_re': '.*'})
         kernels = sorted(assembled(path) for path in Path(folder).glob('*.ptx') if OURS.search(path.read_text()))
     return program.memory_analysis().temp_size_in_bytes / chip.GIB, matmul_flops(program.as_text()) / 1e12, kernels
 
