@@ -79,11 +79,12 @@ def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
         ('cpu', 'auto', None),
         ('tpu', 'xla', 'ragged_dot'),
         ('tpu', 'auto', 'tpu_custom_call'),
-        ('cuda', 'auto', 'ragged_dot'),
-        ('cuda', 'xla', 'ragged_dot'),
+        ('cuda', 'auto', None),
+        ('cuda', 'xla', None),
+        ('rocm', 'auto', 'ragged_dot'),
     ],
 )
-def test_tpus_get_the_kernel_gpus_the_ragged_matmul_and_cpus_the_blocks(platform, kernels, called):
+def test_only_where_it_is_a_grouped_matmul_the_ragged_one_is_called(platform, kernels, called):
     x, ids, w = jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32), jnp.ones((2, 2, 8, 8))
     network = lambda rows, matmuls: (matmuls.into(rows, w),)
     run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, kernels=kernels)
