@@ -53,9 +53,9 @@ def on_mesh(mesh, kernels='xla'):
 
 @pytest.fixture(params=['blocks', 'ragged', 'kernel'])
 def form(request, monkeypatch):
-    """On this CPU the blocks are chosen; the ragged form is that of GPUs, and the kernel, interpreted here, of TPUs."""
+    """On this CPU the blocks are chosen; the ragged form and the kernel, interpreted here, are those of TPUs."""
     if request.param == 'ragged':
-        monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, default, **forms: default(*args))
     return request.param
 
 
