@@ -36,6 +36,13 @@ class Matmuls(NamedTuple):
     out_of: Callable[[jax.Array, jax.Array], jax.Array]
 
 
+class Fill(NamedTuple):
+    """What must be zeros, at the cost of a pass over all rows: rows of padding; pairs whose expert is elsewhere."""
+
+    rows: bool = True
+    pairs: bool = True
+
+
 ExpertNetwork = Callable[[jax.Array, Matmuls], tuple[jax.Array, ...]]
 # (rows, the corner cut out of a w, groups of a Plan) -> rows; into: whether the corner is transposed.
 Grouped = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
@@ -45,8 +52,8 @@ class Plan(NamedTuple):
     """Where each (token, choice) pair lives among the rows that the experts compute.
 
     Attributes:
-      row_of_pair: [N·K] row of each pair; R for a pair whose expert is not here.
-      pair_of_row: [R] pair of each row; N·K for a row of padding.
+      row_of_pair: [K·N] row of each pair; R for a pair whose expert is not here.
+      pair_of_row: [R] pair of each row; K·N for a row of padding.
       groups: [R / BLOCK] expert of each block, or [E] rows of each expert.
     """
 
@@ -57,68 +64,71 @@ class Plan(NamedTuple):
 
 def apply_experts(
     x_NxD: jax.Array,
-    ids_NxK: jax.Array,
+    ids_KxN: jax.Array,
     experts: int,
     corner: Corner,
     network: ExpertNetwork,
     differentiable: bool = True,
     kernels: str = 'xla',
+    complete: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """`network` of each token's K experts: arrays [N, K, ...].
+    """`network` of each token's K experts: arrays [K, N, ...], as a dimension of K beside the last one would fill half a tile.
 
     Args:
-      ids_NxK: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
+      ids_KxN: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       corner: of the stored weights.
       network: maps (rows [R, D], matmuls) to arrays [R, ...].
       differentiable: whether a gradient may be asked for, which the loop on CPU does not have.
-      kernels: a Context's.
+      kernels: a Context's. complete: whether every pair's expert is here.
     """
-    blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, network)
-    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, network)
+    fill = Fill(pairs=not complete)
+    blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, network, fill)
+    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, network, fill)
     in_turn = lambda x, ids: _run_in_turn(x, ids, experts, corner, network)
     on_cpu = blocks(BLOCK) if differentiable else in_turn
     # A block's weights are gathered from its expert: of larger blocks a GPU keeps fewer copies, about three of all weights.
-    on_cuda = blocks(max(BLOCK, block_size(ids_NxK.size, experts, largest=ids_NxK.size)))
+    on_cuda = blocks(max(BLOCK, block_size(ids_KxN.size, experts, largest=ids_KxN.size)))
     plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, cuda=on_cuda, default=by_ragged)
     given = {'experts': experts, 'corner': corner, 'network': network}
-    kernel, cuda = partial(_run_by_kernel, **given), partial(_run_by_triton, **given)
-    return by_platform(kernels, kernel, plain, x_NxD, ids_NxK, cuda=cuda)
+    # The kernel for TPU leaves rows that are nobody's out itself.
+    kernel, cuda = partial(_run_by_kernel, **given, fill=fill._replace(rows=False)), partial(_run_by_triton, **given, fill=fill)
+    return by_platform(kernels, kernel, plain, x_NxD, ids_KxN, cuda=cuda)
 
 
 def _run_by_kernel(
-    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, interpret: bool
+    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, fill: Fill, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    plan = sorted_plan(ids_NxK, experts, ROWS)
+    plan = sorted_plan(ids_KxN, experts, ROWS)
     grid = grid_of(plan.groups, plan.pair_of_row.shape[0])
     into = lambda rows, w: into_experts(corner, interpret, rows, w, grid)
     out_of = lambda rows, w: out_of_experts(corner, interpret, rows, w, grid)
-    return _collected(network(_dispatch(x_NxD, plan), Matmuls(into, out_of)), plan, ids_NxK)
+    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(into, out_of)), plan, ids_KxN, fill)
 
 
 def _run_by_triton(
-    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, interpret: bool
+    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, fill: Fill, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    plan = block_plan(ids_NxK, experts, grouped_triton.ROWS)
-    blocks_E = -(-_sizes(ids_NxK.reshape(-1), experts) // grouped_triton.ROWS)
+    plan = block_plan(ids_KxN, experts, grouped_triton.ROWS)
+    blocks_E = -(-_sizes(ids_KxN.reshape(-1), experts) // grouped_triton.ROWS)
     blocks = Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
     one_way = lambda into: lambda rows, w: block_matmul(corner, into, interpret, rows, w, blocks)
-    return _collected(network(_dispatch(x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_NxK)
+    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_KxN, fill)
 
 
 def _run_in_turn(
-    x_NxD: jax.Array, ids_NxK: jax.Array, experts: int, corner: Corner, network: ExpertNetwork
+    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork
 ) -> tuple[jax.Array, ...]:
     """One used expert after another, its rows block after block; XLA cuts its weights out once, before the inner loop.
 
     Rows are sorted by expert: the last rows of an expert's last block are written over by the next expert's.
     """
-    plan = sorted_plan(ids_NxK, experts)
-    pairs = ids_NxK.size
+    plan = sorted_plan(ids_KxN, experts)
+    pairs = ids_KxN.size
     block = block_size(pairs, experts)
     sizes_E = plan.groups
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
     used_first_E = jnp.argsort(sizes_E == 0, stable=True)
-    rows_RxD = jnp.pad(_dispatch(x_NxD, plan), ((0, block), (0, 0)))
+    rows_RxD = jnp.pad(_dispatch(Fill(), x_NxD, plan), ((0, block), (0, 0)))
 
     def by(expert: jax.Array) -> Matmuls:
         own = lambda w: jax.lax.dynamic_index_in_dim(corner.of(w), expert, keepdims=False)
@@ -138,7 +148,7 @@ def _run_in_turn(
     shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0])), rows_RxD[:block])
     empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
     outputs = jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), of_expert, empty)
-    return _collected([out[:pairs] for out in outputs], plan, ids_NxK)
+    return _collected([out[:pairs] for out in outputs], plan, ids_KxN, Fill())
 
 
 def block_size(pairs: int, experts: int, largest: int = LARGEST) -> int:
@@ -150,19 +160,19 @@ def block_size(pairs: int, experts: int, largest: int = LARGEST) -> int:
 
 
 def _run(
-    x_NxD: jax.Array, ids_NxK: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: ExpertNetwork
+    x_NxD: jax.Array, ids_KxN: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: ExpertNetwork, fill: Fill
 ) -> tuple[jax.Array, ...]:
     one_way = lambda into: lambda rows, w: matmul(rows, corner.of(w), plan.groups, into)
-    return _collected(network(_dispatch(x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_NxK)
+    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_KxN, fill)
 
 
-def _collected(outputs: Sequence[jax.Array], plan: Plan, ids_NxK: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_collect(out, plan).reshape(*ids_NxK.shape, *out.shape[1:]) for out in outputs)
+def _collected(outputs: Sequence[jax.Array], plan: Plan, ids_KxN: jax.Array, fill: Fill) -> tuple[jax.Array, ...]:
+    return tuple(_collect(fill, out, plan).reshape(*ids_KxN.shape, *out.shape[1:]) for out in outputs)
 
 
-def sorted_plan(ids_NxK: jax.Array, experts: int, multiple: int = 1) -> Plan:
+def sorted_plan(ids_KxN: jax.Array, experts: int, multiple: int = 1) -> Plan:
     """Pairs sorted by expert, without padding but at the end, to a multiple of rows."""
-    ids = ids_NxK.reshape(-1)
+    ids = ids_KxN.reshape(-1)
     pairs, sizes = ids.shape[0], _sizes(ids, experts)
     ordered = jnp.argsort(ids, stable=True)
     pair_of_row = jnp.where(jnp.arange(pairs) < sizes.sum(), ordered, pairs)
@@ -179,9 +189,9 @@ def block_rows(pairs: int, experts: int, block: int = BLOCK) -> int:
     return (-(-pairs // block) + min(experts, pairs) - 1) * block
 
 
-def block_plan(ids_NxK: jax.Array, experts: int, block: int = BLOCK) -> Plan:
+def block_plan(ids_KxN: jax.Array, experts: int, block: int = BLOCK) -> Plan:
     """Pairs sorted by expert, each expert starting a new block."""
-    ids = ids_NxK.reshape(-1)
+    ids = ids_KxN.reshape(-1)
     pairs = ids.shape[0]
     ordered, sizes = jnp.argsort(ids, stable=True), _sizes(ids, experts)
     blocks_of = -(-sizes // block)
@@ -208,43 +218,44 @@ def _ragged_matmul(rows: jax.Array, w_ExFxD: jax.Array, sizes_E: jax.Array, into
     return jax.lax.ragged_dot(rows, jnp.swapaxes(w_ExFxD, 1, 2) if into else w_ExFxD, sizes_E)
 
 
-@jax.custom_vjp
-def _dispatch(x_NxD: jax.Array, plan: Plan) -> jax.Array:
+def _take(x: jax.Array, index: jax.Array, fill: bool) -> jax.Array:
+    return jnp.take(x, index, axis=0, mode='fill', fill_value=0) if fill else jnp.take(x, index, axis=0, mode='clip')
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(fill: Fill, x_NxD: jax.Array, plan: Plan) -> jax.Array:
     """Rows [R, D]: each pair's token; zeros in the padding."""
     pairs, tokens = plan.row_of_pair.shape[0], x_NxD.shape[0]
-    token_of_row = jnp.where(plan.pair_of_row < pairs, plan.pair_of_row // (pairs // tokens), tokens)
-    return jnp.take(x_NxD, token_of_row, axis=0, mode='fill', fill_value=0)
+    token_of_row = jnp.where(plan.pair_of_row < pairs, plan.pair_of_row % tokens, tokens)
+    return _take(x_NxD, token_of_row, fill.rows)
 
 
-def _dispatch_fwd(x_NxD: jax.Array, plan: Plan) -> tuple[jax.Array, tuple[Plan, int]]:
-    return _dispatch(x_NxD, plan), (plan, x_NxD.shape[0])
+def _dispatch_fwd(fill: Fill, x_NxD: jax.Array, plan: Plan) -> tuple[jax.Array, tuple[Plan, int]]:
+    return _dispatch(fill, x_NxD, plan), (plan, x_NxD.shape[0])
 
 
-def _dispatch_bwd(residuals: tuple[Plan, int], rows_RxD: jax.Array) -> tuple[jax.Array, None]:
-    # A gather where autodiff would scatter: each token's K rows are known.
+def _dispatch_bwd(fill: Fill, residuals: tuple[Plan, int], rows_RxD: jax.Array) -> tuple[jax.Array, None]:
+    # A gather where autodiff would scatter: each token's K rows are known. Added one by one: XLA's sum takes four times as long.
     plan, tokens = residuals
-    return _pairs(rows_RxD, plan).reshape(tokens, -1, rows_RxD.shape[-1]).sum(axis=1), None
+    parts_KxNxD = _take(rows_RxD, plan.row_of_pair, fill.pairs).reshape(-1, tokens, rows_RxD.shape[-1])
+    return sum(part_NxD.astype(jnp.float32) for part_NxD in parts_KxNxD).astype(rows_RxD.dtype), None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
-@jax.custom_vjp
-def _collect(rows: jax.Array, plan: Plan) -> jax.Array:
-    """[N·K, ...]: each pair's row."""
-    return _pairs(rows, plan)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(fill: Fill, rows: jax.Array, plan: Plan) -> jax.Array:
+    """[K·N, ...]: each pair's row."""
+    return _take(rows, plan.row_of_pair, fill.pairs)
 
 
-def _pairs(rows: jax.Array, plan: Plan) -> jax.Array:
-    return jnp.take(rows, plan.row_of_pair, axis=0, mode='fill', fill_value=0)
+def _collect_fwd(fill: Fill, rows: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
+    return _collect(fill, rows, plan), plan
 
 
-def _collect_fwd(rows: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
-    return _collect(rows, plan), plan
-
-
-def _collect_bwd(plan: Plan, pairs: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.take(pairs, plan.pair_of_row, axis=0, mode='fill', fill_value=0), None
+def _collect_bwd(fill: Fill, plan: Plan, pairs: jax.Array) -> tuple[jax.Array, None]:
+    return _take(pairs, plan.pair_of_row, fill.rows), None
 
 
 _collect.defvjp(_collect_fwd, _collect_bwd)

@@ -54,15 +54,20 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
     differentiable = context.length_B is None  # with a cache nothing is trained
-    out_NxKxD, *activations = apply_experts(rows_NxD, own_NxK, experts, corner, network, differentiable, context.kernels)
-    shares_NxK = gather_rows(enter(weights_NxK, unit_axes), row_axes).astype(out_NxKxD.dtype)
-    y_NxD = leave(scatter_rows(jnp.einsum('nkd,nk->nd', out_NxKxD, shares_NxK), row_axes), unit_axes)
+    out_KxNxD, *activations = apply_experts(
+        rows_NxD, own_NxK.T, experts, corner, network, differentiable, context.kernels, complete=not axes
+    )
+    shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
+    # No matmul, of which XLA would hold K, too few for a tile, beside the last dimension; nor its sum, which is slower.
+    shared = [out_NxD.astype(jnp.float32) * share_N[:, None] for out_NxD, share_N in zip(out_KxNxD, shares_KxN, strict=True)]
+    sum_NxD = sum(shared).astype(out_KxNxD.dtype)
+    y_NxD = leave(scatter_rows(sum_NxD, row_axes), unit_axes)
     aux = _load(ids_NxK, scores_NxE, context)
     if context.taps:
         shape = (batch, length, mixer.top_k)
-        norm_NxK = jnp.linalg.norm(out_NxKxD.astype(jnp.float32), axis=-1)
+        norm_NxK = jnp.linalg.norm(out_KxNxD.astype(jnp.float32), axis=-1).T
         aux |= {'expert_ids': ids_NxK.reshape(shape), 'expert_weights': weights_NxK.reshape(shape)}
-        aux |= {'expert_norms': norm_NxK.reshape(shape), 'expert_width': activations[0].reshape(*shape, -1)}
+        aux |= {'expert_norms': norm_NxK.reshape(shape), 'expert_width': jnp.moveaxis(activations[0], 0, 1).reshape(*shape, -1)}
     if mixer.shared_width:
         up, gate, down = (params.get(f'shared_{name}') for name in ('up', 'gate', 'down'))
         shared_axes = context.shards.of('shared_width_blocks')

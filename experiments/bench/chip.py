@@ -129,9 +129,9 @@ def experts(length: int = 8192) -> Piece:
         network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
         return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=kernels)[0]
 
-    args = (((length, EMBED), jnp.bfloat16), weights, weights, ((length, TOP_K), jnp.int32))
+    args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.int32))
     size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))
-    out = ((length, TOP_K, EMBED), jnp.bfloat16)
+    out = ((TOP_K, length, EMBED), jnp.bfloat16)
     return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
 
 

@@ -28,7 +28,7 @@ def test_experts_and_their_gradients_are_the_loop_over_experts(width, embed):
     def run(x, w):
         def form(x, w):
             network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, w), w),)
-            return grouped._run_by_triton(x, ids, 4, corner, network, interpret=True)[0][:, 0]
+            return grouped._run_by_triton(x, ids.T, 4, corner, network, grouped.Fill(), interpret=True)[0][0]
 
         y, backward = jax.vjp(form, x, w)
         return y, *backward(weight)
@@ -55,7 +55,7 @@ def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for_and_comput
         network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, w), w),)
         return grouped.apply_experts(x, ids, 128, corner, network, kernels=kernels)[0].sum()
 
-    program = lambda kernels: cuda.lowered(jax.grad(functools.partial(loss, kernels)), w, x, shaped(jnp.int32, 512, 6))
+    program = lambda kernels: cuda.lowered(jax.grad(functools.partial(loss, kernels)), w, x, shaped(jnp.int32, 6, 512))
     by_kernel, plain = program('pallas'), program('auto')
     for name in ('experts_into', 'experts_out', 'experts_gradient', 'xla.gpu.triton'):
         assert name in by_kernel and name not in plain

@@ -86,15 +86,18 @@ def grouped_form(form, x, ids, weights, w, activation):
         gate = lambda: jax.nn.silu(matmuls.into(rows, w['gate'])) * hidden
         return (matmuls.out_of(gate() if activation == 'swiglu' else jax.nn.relu(hidden) ** 2, w['down']),)
 
+    ids = ids.T
     if form in KERNELS:
         (out,) = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=form)
     elif form == 'triton':
-        (out,) = grouped._run_by_triton(x, ids, EXPERTS, CORNER, network, interpret=True)
+        (out,) = grouped._run_by_triton(x, ids, EXPERTS, CORNER, network, grouped.Fill(), interpret=True)
     elif form == 'ragged':
-        (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, network)
+        (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, network, grouped.Fill())
     else:
-        (out,) = grouped._run(x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, network)
-    return jnp.einsum('nkd,nk->nd', out, weights)
+        (out,) = grouped._run(
+            x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, network, grouped.Fill()
+        )
+    return jnp.einsum('knd,nk->nd', out, weights)
 
 
 @functools.cache
@@ -173,7 +176,7 @@ def test_where_nothing_is_trained_experts_run_in_turn(tokens):
             rng.normal(size=(tokens, 7)).astype(np.float32),
             rng.integers(0, 7, (tokens, 2)) * rng.integers(0, 2, (tokens, 2)),
         )
-        out, rows = in_turn_jit(x, ids, EXPERTS, CORNER, network)
+        out, rows = (jnp.swapaxes(u, 0, 1) for u in in_turn_jit(x, ids.T, EXPERTS, CORNER, network))
         present = (ids < 6)[..., None]
         hidden = np.einsum('nd,nkfd->nkf', x, own[0][np.minimum(ids, 5)])
         expected = np.where(present, np.einsum('nkf,nkfd->nkd', hidden, own[1][np.minimum(ids, 5)]), 0)

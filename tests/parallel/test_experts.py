@@ -85,7 +85,7 @@ def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
     ],
 )
 def test_only_where_it_is_a_grouped_matmul_the_ragged_one_is_called(platform, kernels, called):
-    x, ids, w = jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32), jnp.ones((2, 2, 8, 8))
+    x, ids, w = jnp.ones((16, 8)), jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 2, 8, 8))
     network = lambda rows, matmuls: (matmuls.into(rows, w),)
     run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, kernels=kernels)
     text = jax.jit(run).trace(x, ids, w).lower(lowering_platforms=(platform,)).as_text()
