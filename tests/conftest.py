@@ -17,7 +17,7 @@ def known_to_xla(flag: str) -> bool:
     if not library.exists():
         return False
     with open(library, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        return code.find(flag.encode()) >= 0
+        return code.find(b'\0' + flag.encode() + b'\0') >= 0  # not only among the names of flags that there were
 
 
 # Tests compile a great deal and compute little: code that is not optimised, emitted the plain way, compiles in a third of the

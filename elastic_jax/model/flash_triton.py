@@ -14,7 +14,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from elastic_jax.model.triton import plgpu
 
 BLOCK = 64  # queries or keys
 HEADS = 4  # query heads, at most, whose keys' gradients one program sums
@@ -27,7 +28,7 @@ _LOG2_E = math.log2(math.e)  # a GPU's exponential is that of 2
 
 def fits_flash_triton(length: int, head_dim: int) -> bool:
     """Whether sequences of this length and heads of this width are for `flash_attention_by_triton`."""
-    return length >= SHORTEST and head_dim <= WIDEST
+    return plgpu is not None and length >= SHORTEST and head_dim <= WIDEST
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape

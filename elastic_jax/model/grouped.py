@@ -19,6 +19,7 @@ from elastic_jax.model import grouped_triton
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.grouped_triton import Blocks, block_matmul
 from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.triton import plgpu
 
 BLOCK = 64  # rows that every expert's are padded to
 LARGEST = 128  # rows of a block where experts run in turn
@@ -91,7 +92,8 @@ def apply_experts(
     plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, cuda=on_cuda, default=by_ragged)
     given = {'experts': experts, 'corner': corner, 'network': network}
     # The kernel for TPU leaves rows that are nobody's out itself.
-    kernel, cuda = partial(_run_by_kernel, **given, fill=fill._replace(rows=False)), partial(_run_by_triton, **given, fill=fill)
+    kernel = partial(_run_by_kernel, **given, fill=fill._replace(rows=False))
+    cuda = None if plgpu is None else partial(_run_by_triton, **given, fill=fill)
     return by_platform(kernels, kernel, plain, x_NxD, ids_KxN, cuda=cuda)
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from elastic_jax.model.grouped_kernel import Corner
+from elastic_jax.model.triton import plgpu
 
 ROWS = 64  # of a block: what one matmul instruction of a group of four warps takes
 COLUMNS, DEPTH = 128, 64  # of a program's product, and what it multiplies at a time

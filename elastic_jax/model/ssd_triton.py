@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from elastic_jax.model.ssd import crossing
+from elastic_jax.model.triton import plgpu
 
 CHUNK = 64  # with 128, the squares of tokens alone would fill half of a program's registers
 BLOCK = 64  # states or channels of a block that is passed on
@@ -44,7 +44,7 @@ def fits_ssd_triton(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
     """Whether there are kernels for x of this shape: tiles are powers of two, of which a head's state finds room on the chip."""
     length, channels = shape_BxTxGxMxP[1], shape_BxTxGxMxP[-1]
     tile = lambda size, most: 16 <= size <= most and size & (size - 1) == 0
-    return length >= CHUNK and tile(channels, 128) and tile(state, 256) and channels * state <= STATE
+    return plgpu is not None and length >= CHUNK and tile(channels, 128) and tile(state, 256) and channels * state <= STATE
 
 
 @partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
