@@ -107,8 +107,6 @@ def block_flops(
         # What maps the residual stream or makes it is a matmul; vectors, convolutions and biases are not.
         if 'embed' in param.axes and len(param.axes) > 1 and name not in spare:
             flops += 2.0 * math.prod(param.shape) * (_expert_share(mixer, context, executed_batch) if name in EXPERT else 1.0)
-    if isinstance(mixer, MoE) and executed_batch:
-        flops += 2.0 * mixer.top_k * params['router'].shape[0]  # the weighted sum of the chosen experts' outputs
     if isinstance(mixer, Attention):
         rectangle = 4.0 * mixer.kv_heads * mixer.query_heads * mixer.head_dim * context
         flops += rectangle if executed_batch else 0.5 * rectangle
