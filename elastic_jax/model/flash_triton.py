@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from elastic_jax.model.tiles import BELOW, dot
 from elastic_jax.model.triton import plgpu
 
 BLOCK = 64  # queries or keys
@@ -22,7 +23,6 @@ HEADS = 4  # query heads, at most, whose keys' gradients one program sums
 WIDEST = 128  # of a head that a program's registers hold
 # Of fewer tokens the whole square is small, and XLA's own fusions do.
 SHORTEST = 512
-_BELOW = -1e30  # its exponential is 0
 _LOG2_E = math.log2(math.e)  # a GPU's exponential is that of 2
 
 
@@ -152,10 +152,6 @@ def _parameters(head_dim: int) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=4 if head_dim <= 64 else 8, num_stages=2)
 
 
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _block(n: jax.Array) -> pl.Slice:
     return pl.ds(n * BLOCK, BLOCK)
 
@@ -164,7 +160,7 @@ def _scores(q: jax.Array, k: jax.Array, ids, i: jax.Array, j: jax.Array, scale: 
     """Logarithms to the base of 2 of the weights of block j's keys for block i's queries, before they are made to sum to 1."""
     row, column = (n * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), dim) for dim, n in enumerate((i, j)))
     allowed = (row >= column) & (ids[_block(i)][:, None] == ids[_block(j)][None, :])
-    return jnp.where(allowed, _dot(q, k, (1, 1)) * (scale * _LOG2_E), _BELOW)
+    return jnp.where(allowed, dot(q, k, (1, 1)) * (scale * _LOG2_E), BELOW)
 
 
 def _forward_kernel(q, k, v, ids, first, heads, logs, *, scale: float) -> None:
@@ -175,10 +171,10 @@ def _forward_kernel(q, k, v, ids, first, heads, logs, *, scale: float) -> None:
         scores = _scores(own, k[_block(j)], ids, i, j, scale)
         new_top = jnp.maximum(top, scores.max(axis=1))
         weights, kept = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
-        seen = kept[:, None] * seen + _dot(weights.astype(v.dtype), v[_block(j)], (1, 0))
+        seen = kept[:, None] * seen + dot(weights.astype(v.dtype), v[_block(j)], (1, 0))
         return new_top, kept * total + weights.sum(axis=1), seen
 
-    start = jnp.full(BLOCK, _BELOW, jnp.float32), jnp.zeros(BLOCK, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+    start = jnp.full(BLOCK, BELOW, jnp.float32), jnp.zeros(BLOCK, jnp.float32), jnp.zeros(q.shape, jnp.float32)
     top, total, seen = jax.lax.fori_loop(first[0], i + 1, keys, start)
     heads[...] = (seen / total[:, None]).astype(heads.dtype)
     logs[...] = top + jnp.log2(total)
@@ -187,17 +183,17 @@ def _forward_kernel(q, k, v, ids, first, heads, logs, *, scale: float) -> None:
 def _score_gradient(q, k, v, d_heads, ids, logs, own, i, j, scale: float) -> tuple[jax.Array, jax.Array]:
     """(weights, gradients of scale · q kᵀ times the scale) of block i's queries and block j's keys."""
     weights = jnp.exp2(_scores(q, k, ids, i, j, scale) - logs[:, None])
-    return weights, weights * (_dot(d_heads, v, (1, 1)) - own[:, None]) * scale
+    return weights, weights * (dot(d_heads, v, (1, 1)) - own[:, None]) * scale
 
 
 def _query_gradient_kernel(q, d_heads, k, v, ids, logs, own, first, dq, *, scale: float) -> None:
     i, mine = pl.program_id(0), (q[...], d_heads[...], logs[...], own[...])
 
     def keys(j: jax.Array, total: jax.Array) -> jax.Array:
-        query, d_out, log, dot = mine
+        query, d_out, log, dot_own = mine
         key = k[_block(j)]
-        d_scores = _score_gradient(query, key, v[_block(j)], d_out, ids, log, dot, i, j, scale)[1]
-        return total + _dot(d_scores.astype(key.dtype), key, (1, 0))
+        d_scores = _score_gradient(query, key, v[_block(j)], d_out, ids, log, dot_own, i, j, scale)[1]
+        return total + dot(d_scores.astype(key.dtype), key, (1, 0))
 
     dq[...] = jax.lax.fori_loop(first[0], i + 1, keys, jnp.zeros(q.shape, jnp.float32)).astype(dq.dtype)
 
@@ -211,8 +207,8 @@ def _key_gradient_kernel(q, d_heads, k, v, ids, logs, own, last, dk, dv, *, scal
             query, d_out = q[rows, h], d_heads[rows, h]
             weights, d_scores = _score_gradient(query, key, value, d_out, ids, logs[h, rows], own[h, rows], i, j, scale)
             d_key, d_value = both
-            d_value = d_value + _dot(weights.astype(d_out.dtype), d_out, (0, 0))
-            return d_key + _dot(d_scores.astype(query.dtype), query, (0, 0)), d_value
+            d_value = d_value + dot(weights.astype(d_out.dtype), d_out, (0, 0))
+            return d_key + dot(d_scores.astype(query.dtype), query, (0, 0)), d_value
 
         return jax.lax.fori_loop(j, last[0] + 1, queries, both)
 

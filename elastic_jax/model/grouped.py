@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
-from elastic_jax.model.grouped_triton import Blocks, block_matmul
 from elastic_jax.model.kernels import by_platform
 from elastic_jax.model.triton import plgpu
 
@@ -112,8 +111,8 @@ def _run_by_triton(
 ) -> tuple[jax.Array, ...]:
     plan = block_plan(ids_KxN, experts, grouped_triton.ROWS)
     blocks_E = -(-_sizes(ids_KxN.reshape(-1), experts) // grouped_triton.ROWS)
-    blocks = Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
-    one_way = lambda into: lambda rows, w: block_matmul(corner, into, interpret, rows, w, blocks)
+    blocks = grouped_triton.Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
+    one_way = lambda into: lambda rows, w: grouped_triton.block_matmul(corner, into, interpret, rows, w, blocks)
     return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_KxN, fill)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import LANES, MEMORY
+from elastic_jax.model.tiles import LANES, MEMORY, dot
 
 ROW_TILE = 16  # rows of a tile of bfloat16
 ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
@@ -141,10 +141,7 @@ def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: ja
 
 def _product_kernel(visits: Visits, rows, w, out, *, depth: int, over: tuple[int, int]) -> None:
     own_weights = w[:, :depth] if over[1] == 1 else w[:depth]
-    product = jax.lax.dot_general(
-        rows[...], own_weights, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32
-    )
-    product = product[:, : out.shape[1]].astype(out.dtype)
+    product = dot(rows[...], own_weights, over)[:, : out.shape[1]].astype(out.dtype)
     out[...] = jnp.where(_own(visits, product.shape), product, out[...])
 
 
@@ -181,7 +178,7 @@ def _weight_gradient_kernel(visits: Visits, rows_f, rows_d, out, total) -> None:
     expert = visits.expert_V[v]
     # Both sides: what belongs to nobody may be no number.
     mine = lambda rows: jnp.where(_own(visits, rows.shape), rows[...], jnp.zeros(rows.shape, rows.dtype))
-    product = jax.lax.dot_general(mine(rows_f), mine(rows_d), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    product = dot(mine(rows_f), mine(rows_d), (0, 0))
     first = (v == 0) | (visits.expert_V[jnp.maximum(v - 1, 0)] != expert)
 
     @pl.when(first)

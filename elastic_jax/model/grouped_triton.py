@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from elastic_jax.model.grouped_kernel import Corner
+from elastic_jax.model.tiles import dot
 from elastic_jax.model.triton import plgpu
 
 ROWS = 64  # of a block: what one matmul instruction of a group of four warps takes
@@ -51,10 +52,6 @@ def _backward(corner, into, interpret, saved, grad):
 
 
 block_matmul.defvjp(_forward, _backward)
-
-
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _within(*dims: tuple[jax.Array, int, int]) -> jax.Array | None:
@@ -107,7 +104,7 @@ def _product_kernel(rows, w, expert, edges, out, *, corner: Corner, into: bool, 
     def step(k: jax.Array, total: jax.Array) -> jax.Array:
         part = k * DEPTH, DEPTH, depth
         some = _tile(rows, (0, ROWS, ROWS), part)
-        return total + (_dot(some, own(column, part), (1, 1)) if into else _dot(some, own(part, column), (1, 0)))
+        return total + (dot(some, own(column, part), (1, 1)) if into else dot(some, own(part, column), (1, 0)))
 
     # Blocks that no expert has hold padding alone.
     steps = pl.cdiv(depth, DEPTH) * (i < edges[edges.shape[0] - 1]).astype(jnp.int32)
@@ -140,6 +137,6 @@ def _weight_gradient_kernel(rows_f, rows_d, edges, out, *, width: int, embed: in
 
     def block(i: jax.Array, total: jax.Array) -> jax.Array:
         rows = i * ROWS, ROWS, rows_f.shape[0]
-        return total + _dot(_tile(rows_f, rows, of_f), _tile(rows_d, rows, of_d), (0, 0))
+        return total + dot(_tile(rows_f, rows, of_f), _tile(rows_d, rows, of_d), (0, 0))
 
     _put(out, jax.lax.fori_loop(edges[e], edges[e + 1], block, jnp.zeros(TILE, jnp.float32)), of_f, of_d)

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import LANES
+from elastic_jax.model.tiles import BELOW, LANES
 
 STRIP = 16  # the rows of a strip, whose values stay in registers
 ROWS, COLUMNS = 256, 2048  # of a tile
-_BELOW = -1e30  # its exponential is 0
 
 
 def fits_kl_kernel(rows: int) -> bool:
@@ -94,11 +93,11 @@ def _at_first(*refs_and_values: tuple[Any, float]) -> None:
 
 
 def _top_and_sum(rows: int, columns: int, vocab: int, z: Any, tops: Any, sums: Any) -> None:
-    _at_first((tops, _BELOW), (sums, 0.0))
+    _at_first((tops, BELOW), (sums, 0.0))
     within = _tail(columns, vocab)
 
     def strip(own: Any) -> None:
-        parts = _of_lanes(within(z[own, :], _BELOW))
+        parts = _of_lanes(within(z[own, :], BELOW))
         before = tops[own, :]
         top = before
         for part in parts:

@@ -111,16 +111,12 @@ class Unit:
         width = self.lanes.stop - self.lanes.start
         return x if width == x.shape[1] else jnp.broadcast_to(x[:, :1], (x.shape[0], width))
 
-    def only(self, x: jax.Array, heads: Sequence[int]) -> jax.Array:
-        """x [R, lanes] with zeros on the lanes of other heads; `heads` are neighbours."""
-        if len(heads) == len(self.heads):
+    def only(self, x: jax.Array, head: int) -> jax.Array:
+        """x [R, lanes] with zeros on the lanes of other heads."""
+        if len(self.heads) == 1:
             return x
-        lane, first = self._lane(x) + self.lanes.start, heads[0] * self.blocks.channels
-        kept = (lane >= first) & (lane < first + len(heads) * self.blocks.channels)
-        return jnp.where(kept, x, jnp.zeros_like(x))
-
-    def only_group(self, x: jax.Array, group: int) -> jax.Array:
-        return self.only(x, [h for h in self.heads if self.group(h) == group])
+        lane, first = self._lane(x), (head - self.heads[0]) * self.blocks.channels
+        return jnp.where((lane >= first) & (lane < first + self.blocks.channels), x, jnp.zeros_like(x))
 
     def _lane(self, x: jax.Array) -> jax.Array:
         return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)

@@ -27,9 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from elastic_jax.model.ssd_blocks import CHUNK, Blocks, groups_of_a_block
-from elastic_jax.model.tiles import LANES, MEMORY, SUBLANES
+from elastic_jax.model.tiles import BELOW, LANES, MEMORY, SUBLANES, dot
 
-_BELOW = -1e30  # its exponential is 0
 _SHORTEST = 1e-20  # a step of zero length has a logarithm, and a gradient
 
 
@@ -63,11 +62,6 @@ def ssd_by_kernel(
     wide = flat(x_BxTxGxMxP), flat(b_BxTxGxN), flat(c_BxTxGxN)
     y_BxTxL = _run(blocks, *wide, rows(sums_BxHxT), rows(dt_BxHxT), ids_BxT[:, None], before_BxT[:, None])
     return y_BxTxL[:, :length].reshape(x_BxTxGxMxP.shape)
-
-
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """Sum over dimension over[0] of x and over[1] of y, in float32."""
-    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -115,7 +109,7 @@ def _forward_kernel(x, b, c, sums, dt, ids, before, y, *states_and_state, blocks
     dtype, scalars = x.dtype, _scalars(sums[0, 0], dt[0, 0], ids[0], before[0])
     within, begins = _sees(ids[0], later=0), _column(jnp.where(ids[0] == before[0], 1.0, 0.0)) > 0
     columns, bs, cs = scalars.sums.T, _of_groups(b, blocks), _of_groups(c, blocks)
-    scores = {g: _dot(cs[g], bs[g], (1, 1)) for g in bs}
+    scores = {g: dot(cs[g], bs[g], (1, 1)) for g in bs}
     turned = {g: bs[g].astype(jnp.float32).T for g in bs}
     for unit in blocks.units():
         lanes = unit.lanes
@@ -129,12 +123,12 @@ def _forward_kernel(x, b, c, sums, dt, ids, before, y, *states_and_state, blocks
         for h in unit.heads:
             g = unit.group(h)
             spread.append(jnp.broadcast_to(columns[:, h : h + 1], (CHUNK, CHUNK)))
-            decay = jnp.exp(jnp.where(within, spread[-1] - scalars.less_step[h : h + 1], _BELOW))
+            decay = jnp.exp(jnp.where(within, spread[-1] - scalars.less_step[h : h + 1], BELOW))
             rows = (scores[g] * decay).astype(dtype), (turned[g] * scalars.end[h : h + 1]).astype(dtype)
-            both.append(_dot(jnp.concatenate(rows, axis=0), own, (1, 0)))
+            both.append(dot(jnp.concatenate(rows, axis=0), own, (1, 0)))
         inside, added = unit.pick([part[:CHUNK] for part in both]), unit.pick([part[CHUNK:] for part in both])
         start = jnp.where(begins, jnp.exp(unit.pick([unit.fill(column) for column in spread])), 0.0)
-        carried = unit.by_group({g: _dot(cs[g], kept, (1, 0)) for g in unit.groups})
+        carried = unit.by_group({g: dot(cs[g], kept, (1, 0)) for g in unit.groups})
         y[0, :, lanes] = inside + start * carried
         state[:, lanes] = unit.spread(scalars.carry) * old + added
 
@@ -155,7 +149,7 @@ def _backward_kernel(
     # Tokens x tokens stand the other way about than forward, [K, Q], as no matmul then has to turn one.
     within, bs, cs = _sees(ids[0], later=1), _of_groups(b, blocks), _of_groups(c, blocks)
     columns, starts, ends = scalars.less_step.T, scalars.start.T, scalars.end.T
-    scores = {g: _dot(bs[g], cs[g], (1, 1)) for g in bs}
+    scores = {g: dot(bs[g], cs[g], (1, 1)) for g in bs}
     turned = {g: cs[g].T for g in bs}
     d_scores = {g: jnp.zeros((CHUNK, CHUNK), jnp.float32) for g in bs}
     by_row = jax.lax.broadcasted_iota(jnp.int32, dt.shape[2:], 0)
@@ -170,18 +164,18 @@ def _backward_kernel(
         )
         narrow = dy_own.astype(dtype)
         d_kept[:, lanes] = d_after.astype(dtype)
-        apart = jnp.concatenate([unit.only(wide, [h]) for h in unit.heads], axis=0)
-        d_weights, inside = _dot(apart.astype(dtype), narrow, (1, 1)), []
+        apart = jnp.concatenate([unit.only(wide, h) for h in unit.heads], axis=0)
+        d_weights, inside = dot(apart.astype(dtype), narrow, (1, 1)), []
         for n, h in enumerate(unit.heads):
             g = unit.group(h)
-            decay = jnp.exp(jnp.where(within, scalars.sums[h : h + 1] - columns[:, h : h + 1], _BELOW))
+            decay = jnp.exp(jnp.where(within, scalars.sums[h : h + 1] - columns[:, h : h + 1], BELOW))
             d_scores[g] = d_scores[g] + d_weights[n * CHUNK : (n + 1) * CHUNK] * decay
-            inside.append(_dot((scores[g] * decay).astype(dtype), narrow, (1, 0)))
+            inside.append(dot((scores[g] * decay).astype(dtype), narrow, (1, 0)))
         dy_start[:, lanes] = (unit.spread(starts) * dy_own).astype(dtype)
-        read = unit.by_group({g: _dot(turned[g], dy_start[:, lanes], (1, 0)) for g in unit.groups})
+        read = unit.by_group({g: dot(turned[g], dy_start[:, lanes], (1, 0)) for g in unit.groups})
         carry, to_end = unit.spread(scalars.carry), unit.spread(ends)
         d_state[:, lanes] = carry * d_after + read
-        given = to_end * unit.by_group({g: _dot(bs[g], d_kept[:, lanes], (1, 0)) for g in unit.groups})
+        given = to_end * unit.by_group({g: dot(bs[g], d_kept[:, lanes], (1, 0)) for g in unit.groups})
         x_end[:, lanes] = (to_end * wide).astype(dtype)
         d_own = unit.pick(inside) + given
         dx[0, :, lanes] = d_own.astype(dtype)
@@ -194,19 +188,19 @@ def _backward_kernel(
         ended = (wide * given).sum(axis=0, keepdims=True)
         ended = ended + carry * (kept.astype(jnp.float32) * d_after).sum(axis=0, keepdims=True)
         for h in unit.heads:
-            d_total = d_total + jnp.where(by_row == h, unit.only(ended, [h]).sum(axis=1, keepdims=True), 0.0)
+            d_total = d_total + jnp.where(by_row == h, unit.only(ended, h).sum(axis=1, keepdims=True), 0.0)
     for g in bs:
         states_of, lanes = slice(g * blocks.state, (g + 1) * blocks.state), blocks.lanes_of(g)
         narrow = jnp.where(within, d_scores[g], 0.0).astype(dtype)
-        d_c = _dot(dy_start[:, lanes], states[0, 0, 0, :, lanes], (1, 1)) + _dot(narrow.T, bs[g], (1, 0))
-        d_b = _dot(x_end[:, lanes], d_kept[:, lanes], (1, 1)) + _dot(narrow, cs[g], (1, 0))
+        d_c = dot(dy_start[:, lanes], states[0, 0, 0, :, lanes], (1, 1)) + dot(narrow.T, bs[g], (1, 0))
+        d_b = dot(x_end[:, lanes], d_kept[:, lanes], (1, 1)) + dot(narrow, cs[g], (1, 0))
         dc[0, :, states_of], db[0, :, states_of] = d_c.astype(dc.dtype), d_b.astype(db.dtype)
     # A matmul by ones sums over a head's lanes; few rows of them pass through it.
     head = jax.lax.broadcasted_iota(jnp.int32, (dt.shape[2], blocks.width), 0)
     first = jax.lax.broadcasted_iota(jnp.int32, head.shape, 1) - head * blocks.channels
     ones = jnp.where((first >= 0) & (first < blocks.channels), 1.0, 0.0).astype(dtype)
     is_last = jax.lax.broadcasted_iota(jnp.int32, dt.shape[2:], 1) == CHUNK - 1
-    of_heads = lambda part: _dot(ones, part[...], (1, 1))
+    of_heads = lambda part: dot(ones, part[...], (1, 1))
     d_sums[0, 0] = of_heads(d_moved) + of_heads(d_rest) + jnp.where(is_last, d_total, 0.0)
     d_dt[0, 0] = of_heads(d_stepped) / jnp.maximum(dt[0, 0], _SHORTEST)
 

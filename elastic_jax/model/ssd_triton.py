@@ -31,13 +31,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from elastic_jax.model.ssd import crossing
+from elastic_jax.model.tiles import BELOW, dot
 from elastic_jax.model.triton import plgpu
 
 CHUNK = 64  # with 128, the squares of tokens alone would fill half of a program's registers
 BLOCK = 64  # states or channels of a block that is passed on
 STATE = 2**14  # numbers of a head's state that find room
 HEADS = 8  # at most so many of a group in one program, which share S
-_BELOW = -1e30  # its exponential is 0
 
 
 def fits_ssd_triton(shape_BxTxGxMxP: tuple[int, ...], state: int) -> bool:
@@ -107,11 +107,6 @@ def _run_backward(interpret: bool, saved: tuple[jax.Array, ...], dy: jax.Array) 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """Sum over dimension over[0] of x and over[1] of y, in float32; of float32 as exact as JAX's `default_matmul_precision`."""
-    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _scaled(x: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return (x.astype(jnp.float32) * rows[:, None]).astype(dtype)
 
@@ -172,7 +167,7 @@ def _pass_kernel(keys, values, weights, carry, *rest: Any, chunks: int, backward
         edge[n] = s.astype(edge.dtype)
         if backward:
             products[n] = jnp.sum(s * states[jnp.minimum(n + 1, chunks - 1)].astype(jnp.float32))
-        return carry[n] * s + _dot(keys[tokens], _scaled(values[tokens], weights[n], dtype), (0, 0))
+        return carry[n] * s + dot(keys[tokens], _scaled(values[tokens], weights[n], dtype), (0, 0))
 
     jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(edge.shape[1:], jnp.float32))
 
@@ -244,7 +239,7 @@ def _parts(size: int) -> list[pl.Slice]:
 
 def _scores(b, c) -> jax.Array:
     """S [Q, K]."""
-    return sum(_dot(c[:, part], b[:, part], (1, 1)) for part in _parts(b.shape[-1]))
+    return sum(dot(c[:, part], b[:, part], (1, 1)) for part in _parts(b.shape[-1]))
 
 
 def _decay(ids) -> Callable[[jax.Array], jax.Array]:
@@ -252,15 +247,15 @@ def _decay(ids) -> Callable[[jax.Array], jax.Array]:
     q, k = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
     own = ids[...]
     within = (q >= k) & (own[:, None] == own[None, :])
-    return lambda sums: jnp.exp(jnp.where(within, sums[:, None] - sums[None, :], _BELOW))
+    return lambda sums: jnp.exp(jnp.where(within, sums[:, None] - sums[None, :], BELOW))
 
 
 def _output_kernel(x, b, c, dt, sums, start, ids, states, y) -> None:
     dtype, scores, decay = x.dtype, _scores(b, c), _decay(ids)
 
     def head(h: jax.Array, _: int) -> int:
-        carried = sum(_dot(c[:, part], states[h, part], (1, 0)) for part in _parts(b.shape[-1]))
-        inside = _dot((scores * decay(sums[h])).astype(dtype), _scaled(x[:, h], dt[h], dtype), (1, 0))
+        carried = sum(dot(c[:, part], states[h, part], (1, 0)) for part in _parts(b.shape[-1]))
+        inside = dot((scores * decay(sums[h])).astype(dtype), _scaled(x[:, h], dt[h], dtype), (1, 0))
         y[:, h] = inside + start[h][:, None] * carried
         return _
 
@@ -273,8 +268,8 @@ def _head_gradient_kernel(x, dy, b, c, ids, dt, sums, end, after, y, dx, d_dt, d
 
     def head(h: jax.Array, _: int) -> int:
         own_dt, own, narrow = dt[h], x[:, h], dy[:, h].astype(dtype)
-        given = sum(_dot(b[:, part], after[h, part], (1, 0)) for part in _parts(b.shape[-1]))
-        u = _dot((scores * decay(sums[h])).astype(dtype), narrow, (0, 0)) + end[h][:, None] * given
+        given = sum(dot(b[:, part], after[h, part], (1, 0)) for part in _parts(b.shape[-1]))
+        u = dot((scores * decay(sums[h])).astype(dtype), narrow, (0, 0)) + end[h][:, None] * given
         dx[:, h] = (own_dt[:, None] * u).astype(dx.dtype)
         d_dt[h] = jnp.sum(own.astype(jnp.float32) * u, axis=1)
         scaled = _scaled(own, own_dt, dtype).astype(jnp.float32)  # rounded as in y, or a token's own part would not cancel
@@ -289,7 +284,7 @@ def _group_gradient_kernel(x, dy, b, c, ids, dt, sums, end, start, states, after
     dtype, decay, heads = x.dtype, _decay(ids), x.shape[1]
 
     def inside(h: jax.Array, d_scores: jax.Array) -> jax.Array:
-        return d_scores + decay(sums[h]) * _dot(dy[:, h].astype(dtype), _scaled(x[:, h], dt[h], dtype), (1, 1))
+        return d_scores + decay(sums[h]) * dot(dy[:, h].astype(dtype), _scaled(x[:, h], dt[h], dtype), (1, 1))
 
     d_scores = jax.lax.fori_loop(0, heads, inside, jnp.zeros((CHUNK, CHUNK), jnp.float32)).astype(dtype)
     for part in _parts(b.shape[-1]):
@@ -297,7 +292,7 @@ def _group_gradient_kernel(x, dy, b, c, ids, dt, sums, end, start, states, after
         def across(h: jax.Array, both: tuple[jax.Array, jax.Array], part: pl.Slice = part) -> tuple[jax.Array, jax.Array]:
             d_b, d_c = both
             ended, begun = _scaled(x[:, h], end[h] * dt[h], dtype), _scaled(dy[:, h], start[h], dtype)
-            return d_b + _dot(ended, after[h, part], (1, 1)), d_c + _dot(begun, states[h, part], (1, 1))
+            return d_b + dot(ended, after[h, part], (1, 1)), d_c + dot(begun, states[h, part], (1, 1))
 
-        own = _dot(d_scores, c[:, part], (0, 0)), _dot(d_scores, b[:, part], (1, 0))
+        own = dot(d_scores, c[:, part], (0, 0)), dot(d_scores, b[:, part], (1, 0))
         db[:, part], dc[:, part] = jax.lax.fori_loop(0, heads, across, own)

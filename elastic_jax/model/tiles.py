@@ -1,4 +1,4 @@
-"""What the kernels for TPU share: the sizes of its registers and memory, and a sigmoid."""
+"""What kernels share: the sizes of a TPU's registers and memory, a matmul, a mask's number and a sigmoid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import jax.numpy as jnp
 
 LANES, SUBLANES = 128, 8  # of a register of 32-bit numbers
 MEMORY = 48 * 2**20  # bytes on the chip that a large kernel may take
+BELOW = -1e30  # its exponential is 0
+
+
+def dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
+    """Sum over dimension over[0] of x and over[1] of y, in float32; of float32 as exact as JAX's `default_matmul_precision`."""
+    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def sigmoid(z: jax.Array) -> jax.Array:

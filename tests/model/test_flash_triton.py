@@ -19,6 +19,7 @@ from elastic_jax.model.flash_triton import (
     meeting_blocks,
 )
 from tests.model import cuda
+from tests.model.gradients import both_ways
 from tests.model.test_flash import closed_form
 from tests.tiny import numpy_params
 
@@ -30,17 +31,6 @@ def documents(rng, length):
     grown = np.cumsum(rng.uniform(size=length) < 0.04)
     grown[BLOCK:] += 1
     return np.stack([grown, grown % 3]).astype(np.int32)
-
-
-def both_ways(form, out_gradient, *inputs):
-    """(heads, gradients of q, k and v)."""
-
-    @jax.jit
-    def run(*inputs):
-        heads, backward = jax.vjp(form, *inputs)
-        return heads, *backward(out_gradient)
-
-    return run(*inputs)
 
 
 def draw(kv_heads, per_kv, head_dim, length=LENGTH):

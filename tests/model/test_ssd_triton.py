@@ -13,6 +13,7 @@ from elastic_jax.model.mamba import mamba
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_triton import CHUNK, HEADS, fits_ssd_triton, ssd_by_triton
 from tests.model import cuda
+from tests.model.gradients import both_ways
 from tests.model.test_ssd_kernel import draw, loop
 from tests.tiny import numpy_params
 
@@ -25,17 +26,6 @@ def documents():
     """Several in a chunk, one that begins with a chunk, one that ends past the next, an id that comes again; one alone."""
     ids = np.repeat([0, 1, 2, 3, 0], [10, 30, CHUNK - 40, CHUNK + 9, LENGTH - 2 * CHUNK - 9])
     return np.stack([ids, np.zeros_like(ids)]).astype(np.int32)
-
-
-def both_ways(form, weight, *inputs):
-    """(y, the gradients of the sum of weight · y)."""
-
-    @jax.jit
-    def run(*inputs):
-        y, backward = jax.vjp(form, *inputs)
-        return y, *backward(weight)
-
-    return run(*inputs)
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
