@@ -9,6 +9,7 @@ from collections import Counter
 
 from elastic_jax.hlo import ROOT, Computation, opcode, operands, tally
 
+RELAYOUTS = ('copy', 'slice')  # what moves arrays and computes nothing
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
 _SHAPES = re.compile(r'\b(pred|token|opaque|[subf]+f?\d+\w*|c64|c128)\[([\d,]*)\]')
@@ -53,15 +54,17 @@ def collectives(text: str) -> dict[str, Collective]:
     return result
 
 
-def estimated_cycles(text: str) -> int:
+def estimated_cycles(text: str, only: tuple[str, ...] = ()) -> int:
     """The TPU compiler's estimate of the cycles of all fusions; kernels and collectives are not in it. 0 for other targets.
+
+    `only` names operations that are counted alone, those of RELAYOUTS for instance.
 
     Of fusions that it has no estimate for it writes the largest integer there is; they count nothing.
     """
 
     def measure(line: str, own: Computation) -> Counter:
         cycles = _CYCLES.search(line)
-        known = cycles is not None and int(cycles[1]) < _NO_ESTIMATE
+        known = cycles is not None and int(cycles[1]) < _NO_ESTIMATE and (not only or opcode(line) in only)
         return Counter(cycles=int(cycles[1]) if known else 0)
 
     return tally(text, measure, inside_fusions=False)['cycles']

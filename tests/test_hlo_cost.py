@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from elastic_jax.hlo_cost import KINDS, Collective, collectives, estimated_cycles
+from elastic_jax.hlo_cost import KINDS, RELAYOUTS, Collective, collectives, estimated_cycles
 
 # Compiled in a process with eight devices; this one has one.
 PROGRAMS = """
@@ -137,6 +137,7 @@ def test_the_tpu_compilers_text():
     assert found['reduce-scatter'] == Collective(2 * runs, 2 * runs * whole, {4: (2 * runs, 2 * runs * whole)})
     assert found['all-reduce'] == Collective(1, whole // 4, {8: (1, whole // 4)})
     assert estimated_cycles(TPU) == 10 + 3 * 100
+    assert estimated_cycles(TPU, RELAYOUTS) == 10
 
 
 def test_a_program_for_the_cpu_has_no_cycles():

@@ -16,7 +16,7 @@ from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.flash import fits_flash, flash_attention
 from elastic_jax.model.flash_triton import fits_flash_triton, flash_attention_by_triton
 from elastic_jax.model.kernels import by_platform
-from elastic_jax.model.linear import linear
+from elastic_jax.model.linear import linear, out_of
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
 
@@ -78,9 +78,7 @@ def attention(
         inputs = q_BxTxKxQxH, keys, values, last_BxT
         on_cpu, on_tpu = partial(_attend_filled, rows=64, narrowest=64), partial(_attend_filled, rows=256, narrowest=128)
         heads_BxTxKxQxH = jax.lax.platform_dependent(*inputs, cpu=on_cpu, tpu=on_tpu, default=_attend_cached)
-    # Flat, so that not even XLA on CPU transposes the kernel.
-    o_NxD = params['o'].reshape(-1, params['o'].shape[-1])
-    y_BxTxD = leave(linear(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), o_NxD), axes)
+    y_BxTxD = leave(out_of(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), params['o'], context.kernels), axes)
     if mixer.output_bias:
         y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})

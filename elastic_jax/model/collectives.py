@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from elastic_jax.model.tiles import LANES
+
 Axes = tuple[str, ...]
 # What is sent for parameters carries this name in compiled programs and profiles; all else is activations.
 FETCH = 'fetch_parameters'
@@ -87,10 +89,11 @@ def fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
     with jax.named_scope(FETCH):
-        w = w.astype(dtype)
+        shape, at = _in_lanes(w.shape, dim)
+        part = w.astype(dtype).reshape(shape)
         for axis in reversed(axes):
-            w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
-        return w
+            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
+        return part.reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
 
 
 def _fetch_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.Array, Any]:
@@ -99,13 +102,29 @@ def _fetch_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.
 
 def _fetch_backward(axes: Axes, dim: int, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     with jax.named_scope(FETCH):
-        grad = grad.astype(jnp.promote_types(like.dtype, jnp.float32))
+        shape, at = _in_lanes(grad.shape, dim)
+        part = grad.astype(jnp.promote_types(like.dtype, jnp.float32)).reshape(shape)
         for axis in axes:
-            grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
-        return (grad.astype(like.dtype),)
+            part = jax.lax.psum_scatter(part, axis, scatter_dimension=at, tiled=True)
+        return (part.reshape(*grad.shape[:dim], -1, *grad.shape[dim + 1 :]).astype(like.dtype),)
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def _in_lanes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:
+    """`shape` with what is beside `dim` merged until a last dimension fills a TPU's lanes, and where `dim` then is.
+
+    Arrays are stored and sent in whole tiles of the last two dimensions, of which heads of 64 channels would fill a half.
+    """
+
+    def merged(dims: tuple[int, ...]) -> tuple[int, ...]:
+        while len(dims) > 2 and dims[-1] < LANES:
+            dims = (*dims[:-2], dims[-2] * dims[-1])
+        return dims
+
+    before, after = merged(shape[:dim]), merged(shape[dim + 1 :])
+    return (*before, shape[dim], *after), len(before)
 
 
 def gather_rows(x: jax.Array, axes: Axes) -> jax.Array:

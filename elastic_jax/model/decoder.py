@@ -13,6 +13,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.attention import attention
 from elastic_jax.model.collectives import Axes, leave, part_index
 from elastic_jax.model.context import HARD, Context, Soft, context_for
+from elastic_jax.model.kernels import row_major
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.mlp import mlp
 from elastic_jax.model.moe import moe
@@ -44,7 +45,8 @@ def apply_block(
     normed_BxTxD = rms_norm(x_BxTxD, layer['norm'], context.norm_eps, soft.embed_ratio)
     mixed = APPLY[type(mixer)](layer, normed_BxTxD, mixer, context, cache, soft)
     aux = {**mixed.aux, 'normed': normed_BxTxD} if context.taps else mixed.aux
-    return x_BxTxD + (soft.keep * mixed.y_BxTxD).astype(x_BxTxD.dtype), mixed.cache, aux
+    y_BxTxD = x_BxTxD + (soft.keep * mixed.y_BxTxD).astype(x_BxTxD.dtype)
+    return row_major(y_BxTxD, context.kernels), mixed.cache, aux
 
 
 def final_norm(params: dict[str, Any], x_BxTxD: jax.Array, context: Context, embed_ratio: Any = 1.0) -> jax.Array:

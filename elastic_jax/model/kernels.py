@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # auto: kernels on TPU, plain elsewhere, as those for NVIDIA GPUs were compiled for one and never timed on one; xla: plain
 # everywhere; pallas: kernels on TPU and NVIDIA GPUs, and TPU's interpreted on CPU.
@@ -33,3 +34,12 @@ def by_platform(
         forms |= {} if kernel is None else {'cpu': partial(kernel, interpret=True)}
         forms |= {} if cuda is None else {'cuda': partial(cuda, interpret=False)}
     return jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
+
+
+def row_major(x: jax.Array, kernels: str) -> jax.Array:
+    """`x`, on TPU stored with its last dimension along the lanes, as gathers and kernels have it; so is its gradient.
+
+    XLA may prefer tokens there for a matmul's sake, and then copies what kernels and gathers give and take.
+    """
+    kept = lambda x, interpret: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return by_platform(kernels, kept, lambda x: x, x)

@@ -15,7 +15,7 @@ from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.conv_kernel import conv_silu_by_kernel, fits_conv_kernel
 from elastic_jax.model.gated_norm_kernel import fits_gated_norm_kernel, gated_norm_by_kernel
 from elastic_jax.model.kernels import by_platform
-from elastic_jax.model.linear import linear
+from elastic_jax.model.linear import into, out_of
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
 from elastic_jax.model.ssd_blocks import fits_ssd_kernel
@@ -72,7 +72,7 @@ def mamba(
     """The Mamba-2 mixer (arXiv 2405.21060). G groups share B and C; each has M heads of P channels and a state of N."""
     axes = context.shards.of('mamba_groups')
     x_BxTxD = enter(x_BxTxD, axes)
-    project = lambda name: linear(x_BxTxD, params[name])
+    project = lambda name: into(x_BxTxD, params[name], context.kernels)
     inputs = {name: project(name) for name in ('x', 'b', 'c')}
     convolved = {}
     for name, u in inputs.items():
@@ -96,9 +96,7 @@ def mamba(
         cache = trial if context.trial else cache
     operands = y_BxTxGxMxP, x_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
     normed_BxTxGxMxP = _gated_norm(operands, context, cache, soft.gated_ratio)
-    # Flat, so that XLA takes the kernel's output as it lies.
-    out_CxD = params['out'].reshape(-1, params['out'].shape[-1])
-    y_BxTxD = leave(linear(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), out_CxD), axes)
+    y_BxTxD = leave(out_of(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), params['out'], context.kernels), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
 
 

@@ -15,7 +15,7 @@ import jax
 
 from elastic_jax.errors import WorkError
 from elastic_jax.hlo import matmul_flops
-from elastic_jax.hlo_cost import Collective, collectives, estimated_cycles
+from elastic_jax.hlo_cost import RELAYOUTS, Collective, collectives, estimated_cycles
 
 # What a compiler says that ran out of memory: all that it would have used, or what it would have allocated beside the arguments.
 _USED = re.compile(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm')
@@ -31,6 +31,7 @@ class Compiled:
       memory: bytes by part: those of the arguments, `activations`, `temporary` and `other`.
       total: bytes in all; where the compiler gave up for want of memory, what it would have used.
       cycles: estimated by the compiler, without kernels and collectives; None where it gave up.
+      relayout_cycles: those of them that cut arrays out, or copy them into another layout.
       matmul_flops: in the program, without kernels.
       compile_seconds: tracing and compiling.
     """
@@ -39,6 +40,7 @@ class Compiled:
     total: int
     fits: bool
     cycles: int | None
+    relayout_cycles: int | None
     matmul_flops: float | None
     collectives: dict[str, Collective] | None
     compile_seconds: float
@@ -63,14 +65,14 @@ def compile_program(fn: Any, args: Sequence[Any], parts: Mapping[str, Any], capa
         if total is None:
             raise WorkError(f'the TPU compiler failed: {" ".join(str(error).split())[:400]}') from error
         memory = _with_rest(memory, activations, total, total - sum(memory.values()))
-        return Compiled(memory, total, False, None, None, None, time.monotonic() - started)
+        return Compiled(memory, total, False, None, None, None, None, time.monotonic() - started)
     seconds = time.monotonic() - started
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = arguments + outputs + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     memory = _with_rest(memory, activations, total, stats.temp_size_in_bytes)
-    cycles, flops, exchanged = estimated_cycles(text), matmul_flops(text), collectives(text)
-    return Compiled(memory, total, total <= capacity, cycles, flops, exchanged, seconds)
+    cycles = estimated_cycles(text), estimated_cycles(text, RELAYOUTS)
+    return Compiled(memory, total, total <= capacity, *cycles, matmul_flops(text), collectives(text), seconds)
 
 
 def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:

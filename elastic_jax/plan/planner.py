@@ -54,6 +54,7 @@ class Planned:
             'hbm_capacity': self.topology.hbm_bytes,
             'hbm_per_chip': {name: {**one.memory, 'total': one.total, 'fits': one.fits} for name, one in done},
             'cycles': {name: one.cycles for name, one in done},
+            'relayout_cycles': {name: one.relayout_cycles for name, one in done},
             'flops': {
                 row.name: {'needed': row.flops, 'compiled': row.compiled and row.compiled.matmul_flops} for row in self.rows
             },

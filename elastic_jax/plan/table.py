@@ -35,12 +35,12 @@ def _memory(rows: list[Row]) -> Iterator[str]:
 
 
 def _work(rows: list[Row]) -> Iterator[str]:
-    body = [['program', 'TFLOP needed', 'TFLOP compiled', 'Mcycles outside kernels', 'compile s']]
+    body = [['program', 'TFLOP needed', 'TFLOP compiled', 'Mcycles outside kernels', 'of relayouts', 'compile s']]
     for row in rows:
         one = row.compiled
         compiled = '' if one.matmul_flops is None else f'{one.matmul_flops / 1e12:.3g}'
-        cycles = '' if one.cycles is None else f'{one.cycles / 1e6:.4g}'
-        body.append([row.name, f'{row.flops / 1e12:.3g}', compiled, cycles, f'{one.compile_seconds:.0f}'])
+        cycles = ['' if own is None else f'{own / 1e6:.4g}' for own in (one.cycles, one.relayout_cycles)]
+        body.append([row.name, f'{row.flops / 1e12:.3g}', compiled, *cycles, f'{one.compile_seconds:.0f}'])
     return aligned(body)
 
 

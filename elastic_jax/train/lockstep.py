@@ -76,11 +76,9 @@ def lockstep(
         }
 
     outside = {group: fetched(group, params[group]) for group in full if not group.startswith('layer_')}
-    vocab_axes = context.shards.of('vocab')
-    streams = []
-    for n in range(len(archs)):
-        table = {'embedding': cut(outside['embedding'], 'embedding', n)}
-        streams.append(embed_tokens(table, tokens_BxT, context.dtype, vocab_axes))
+    # Looked up once: a budget's rows are the leading part of the parent's, and the table is much larger than they.
+    x_BxTxD = embed_tokens(outside, tokens_BxT, context.dtype, context.shards.of('vocab'))
+    streams = [x_BxTxD[..., : arch.embed] for arch in archs]
     layers = [i for i in range(len(parent.mixers)) if any(arch.mixers[i] is not None for arch in archs)]
 
     def block(like: int, leaves: dict[str, jax.Array], soft: list[Soft] | None, inputs: list[jax.Array]) -> tuple[list, list]:

@@ -127,7 +127,7 @@ def experts(length: int = 8192) -> Piece:
 
     def form(kernels: str, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
         network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
-        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=kernels)[0]
+        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=kernels, complete=True)[0]
 
     args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.int32))
     size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))

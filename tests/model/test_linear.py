@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from elastic_jax.model.linear import PARTS, linear
+from elastic_jax.model.kernels import KERNELS
+from elastic_jax.model.linear import PARTS, into, linear, out_of
 
 
 @pytest.mark.parametrize('rows', [(1,), (1, 1), (3,), (2, 1), ()], ids=str)
@@ -15,6 +16,31 @@ def test_it_is_the_sum_over_the_inputs(rows, inputs, outputs):
     expected = x @ kernel.reshape(inputs, -1)
     found = jax.jit(linear)(x.astype(np.float32), kernel.astype(np.float32))
     np.testing.assert_allclose(found, expected.reshape(*rows, *outputs), atol=2e-4)
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('rows', [(1, 1), (2, 3)], ids=str)
+def test_told_how_to_lie_in_memory_it_has_the_same_output_and_gradients(rows, kernels):
+    rng = np.random.default_rng(0)
+    x, kernel, back = (rng.standard_normal(shape).astype(np.float32) for shape in ((*rows, 512), (512, 2, 3, 4), (2, 3, 4, 512)))
+
+    def loss(into, out_of):
+        return lambda x, kernel, back: (out_of(into(x, kernel).reshape(*rows, -1), back) ** 2).sum()
+
+    told = loss(lambda x, w: into(x, w, kernels), lambda x, w: out_of(x, w, kernels))
+    plain = loss(lambda x, w: np.tensordot(x, w, 1), lambda x, w: x @ w.reshape(-1, 512))
+    value, grads = jax.jit(jax.value_and_grad(told, (0, 1, 2)))(x, kernel, back)
+    np.testing.assert_allclose(value, plain(x, kernel, back), rtol=1e-4)
+    hidden = np.tensordot(x, kernel, 1).reshape(*rows, -1)
+    out_grad = 2 * hidden @ back.reshape(-1, 512)
+    hidden_grad = out_grad @ back.reshape(-1, 512).T
+    expected = (
+        hidden_grad @ kernel.reshape(512, -1).T,
+        np.einsum('btd,bto->do', x, hidden_grad).reshape(kernel.shape),
+        np.einsum('bto,btd->od', hidden, out_grad).reshape(back.shape),
+    )
+    for found, own in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(found, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
 
 
 def test_a_single_row_is_summed_in_parts_on_cpu_alone():

@@ -86,15 +86,16 @@ def test_one_period_of_the_published_setting_compiles():
     assert gathered == pytest.approx(3 * weight_bytes(plan.parent) - tables, rel=1e-3)
     assert set(found['collectives']['short']) == set(KINDS)
     assert found['collectives']['short']['all-to-all']['count'] == 0
-    assert found['cycles']['short'] > found['cycles']['decode/small'] > 0
+    assert found['cycles']['short'] > found['cycles']['decode/small'] > found['relayout_cycles']['decode/small'] > 0
 
 
 @pytest.mark.slow
 def test_the_step_for_a_tpu_has_the_kernels_that_the_config_asks_for():
     """Traced and lowered alone; that the compiler takes them is in the test above, whose sequences are as long."""
     by_default = lowered_step('auto')
-    assert 'splash_mqa_fwd' in by_default and 'ssd_forward' in by_default
-    assert 'tpu_custom_call' not in lowered_step('xla')
+    assert 'splash_mqa_fwd' in by_default and 'ssd_forward' in by_default and 'LayoutConstraint' in by_default
+    without = lowered_step('xla')
+    assert 'tpu_custom_call' not in without and 'LayoutConstraint' not in without
 
 
 def lowered_step(kernels):

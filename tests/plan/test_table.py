@@ -19,7 +19,7 @@ from tests.train.tiny_experiment import get_config
 
 MEMORY = {'parameters': 4 * GIB, 'optimizer': 8 * GIB, 'teacher': 2 * GIB, 'activations': GIB, 'temporary': 3 * GIB, 'other': 0}
 COLLECTIVES = {kind: Collective() for kind in KINDS} | {'all-gather': Collective(3, 2_000_000_000, {4: (3, 2_000_000_000)})}
-STEP = Compiled(MEMORY, 18 * GIB, True, 5_000_000, 2e12, COLLECTIVES, 61.0)
+STEP = Compiled(MEMORY, 18 * GIB, True, 5_000_000, 250_000, 2e12, COLLECTIVES, 61.0)
 
 
 def planned(*rows, changes=()):
@@ -30,7 +30,7 @@ def test_json_has_the_keys_of_the_contract():
     found = planned(Row('short', 1e12, STEP), Row('short/mid', 1e11, None, 'no such run')).to_json()
     assert found['fits'] is True
     assert found['hbm_per_chip']['short'] == {**MEMORY, 'total': 18 * GIB, 'fits': True}
-    assert found['cycles'] == {'short': 5_000_000}
+    assert found['cycles'] == {'short': 5_000_000} and found['relayout_cycles'] == {'short': 250_000}
     assert found['collectives']['short']['all-gather'] == {
         'count': 3,
         'bytes': 2_000_000_000,
@@ -45,7 +45,7 @@ def test_the_table_shows_memory_work_and_collectives():
     lines = show(planned(Row('short', 1e12, STEP))).splitlines()
     rows = [line.split() for line in lines if line.startswith('short')]
     assert rows[0] == ['short', '4.00', '8.00', '2.00', '1.00', '3.00', '0.00', '18.00', 'yes']
-    assert rows[1] == ['short', '1', '2', '5', '61']
+    assert rows[1] == ['short', '1', '2', '5', '0.25', '61']
     assert rows[2] == ['short', '3,', '2', '-', '-', '-', '-']
     assert lines[-1] == 'fits'
 
@@ -58,7 +58,7 @@ def test_misaligned_widths_are_in_the_table_and_in_the_json():
 
 
 def test_only_what_the_run_itself_needs_decides_whether_it_fits():
-    full = dataclasses.replace(STEP, fits=False, cycles=None, matmul_flops=None, collectives=None)
+    full = dataclasses.replace(STEP, fits=False, cycles=None, relayout_cycles=None, matmul_flops=None, collectives=None)
     assert planned(Row('short', 1.0, STEP), Row('short/masks', 1.0, full)).fits
     assert not planned(Row('short', 1.0, full)).fits
     shown = show(planned(Row('short', 1.0, full), changes=['short: take config.remat=True']))
@@ -80,7 +80,7 @@ def plan_here(devices=1):
 def test_what_to_change_begins_with_the_largest_part(largest):
     plan, place = plan_here()
     sizes = {'parameters': GIB, 'temporary': GIB} | {largest: 50 * GIB}
-    full = Compiled(sizes, sum(sizes.values()), False, None, None, None, 1.0)
+    full = Compiled(sizes, sum(sizes.values()), False, None, None, None, None, 1.0)
     found = changes('short', full, plan, place)
     assert ('topology with more chips' in found[0]) == (largest == 'parameters')
     assert any('config.remat=True' in change for change in found)
@@ -120,7 +120,7 @@ def test_a_compiler_without_memory_says_how_much_it_wanted(message, wanted):
 
 def test_one_long_sequence_on_a_chip_is_helped_by_fewer_budgets_a_step():
     plan, place = plan_here()
-    full = Compiled({'activations': 90 * GIB, 'temporary': GIB}, 91 * GIB, False, None, None, None, 1.0)
+    full = Compiled({'activations': 90 * GIB, 'temporary': GIB}, 91 * GIB, False, None, None, None, None, 1.0)
     stages = tuple(dataclasses.replace(stage, batch_size=1) if stage.name == 'long' else stage for stage in plan.stages)
     plan = dataclasses.replace(plan, stages=stages)
     assert any("config.stages.long.mode='sampled'" in change for change in changes('long', full, plan, place))
