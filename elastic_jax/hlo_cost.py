@@ -57,9 +57,8 @@ def collectives(text: str) -> dict[str, Collective]:
 def estimated_cycles(text: str, only: tuple[str, ...] = ()) -> int:
     """The TPU compiler's estimate of the cycles of all fusions; kernels and collectives are not in it. 0 for other targets.
 
-    `only` names operations that are counted alone, those of RELAYOUTS for instance.
-
-    Of fusions that it has no estimate for it writes the largest integer there is; they count nothing.
+    Of fusions that it has no estimate for it writes the largest integer there is; they count nothing. `only` names
+    operations that are counted alone, as RELAYOUTS.
     """
 
     def measure(line: str, own: Computation) -> Counter:
