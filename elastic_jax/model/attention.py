@@ -15,7 +15,7 @@ from elastic_jax.model.collectives import enter, leave
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.flash import fits_flash, flash_attention
 from elastic_jax.model.flash_triton import fits_flash_triton, flash_attention_by_triton
-from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.kernels import by_kernel, by_platform
 from elastic_jax.model.linear import linear, out_of
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.shapes import lead
@@ -67,7 +67,7 @@ def attention(
         length = x_BxTxD.shape[1]
         kernel = flash_attention if fits_flash(length) else None
         cuda = flash_attention_by_triton if fits_flash_triton(length, mixer.head_dim) else None
-        heads_BxTxKxQxH = by_platform(context.kernels, kernel, attend_causally, *inputs, cuda=cuda)
+        heads_BxTxKxQxH = by_kernel(context.target, kernel, attend_causally, *inputs, cuda=cuda)
     else:
         cache = KVCache(
             _write(cache.k_BxKxHxS, jnp.moveaxis(k_BxTxKxH, 1, 3), context.length_B, 1),
@@ -77,8 +77,8 @@ def attention(
         last_BxT = context.length_B[:, None] + jnp.arange(x_BxTxD.shape[1])[None]
         inputs = q_BxTxKxQxH, keys, values, last_BxT
         on_cpu, on_tpu = partial(_attend_filled, rows=64, narrowest=64), partial(_attend_filled, rows=256, narrowest=128)
-        heads_BxTxKxQxH = jax.lax.platform_dependent(*inputs, cpu=on_cpu, tpu=on_tpu, default=_attend_cached)
-    y_BxTxD = leave(out_of(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), params['o'], context.kernels), axes)
+        heads_BxTxKxQxH = by_platform(context.target, *inputs, default=_attend_cached, cpu=on_cpu, tpu=on_tpu)
+    y_BxTxD = leave(out_of(heads_BxTxKxQxH.reshape(*x_BxTxD.shape[:2], -1), params['o'], context.target), axes)
     if mixer.output_bias:
         y_BxTxD = y_BxTxD + lead(params['o_bias'], y_BxTxD).astype(y_BxTxD.dtype)
     return Mixed(y_BxTxD, cache, {'heads': heads_BxTxKxQxH} if context.taps else {})

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model.collectives import WHOLE, Shards
+from elastic_jax.model.kernels import ANYWHERE, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Context:
       norm_eps: epsilon of every norm.
       dtype: the dtype of the matmuls.
       shards: which part of the model and of the batch this device has.
-      kernels: which of `kernels.KERNELS`; others than 'xla' are for programs of one device's own part.
+      target: what the program is traced for; one with kernels is for programs of one device's own part.
     """
 
     positions_BxT: jax.Array
@@ -38,7 +39,7 @@ class Context:
     taps: bool = False
     dtype: Any = jnp.float32
     shards: Shards = WHOLE
-    kernels: str = 'xla'
+    target: Target = ANYWHERE
 
 
 class Soft(NamedTuple):

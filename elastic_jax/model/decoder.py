@@ -46,7 +46,7 @@ def apply_block(
     mixed = APPLY[type(mixer)](layer, normed_BxTxD, mixer, context, cache, soft)
     aux = {**mixed.aux, 'normed': normed_BxTxD} if context.taps else mixed.aux
     y_BxTxD = x_BxTxD + (soft.keep * mixed.y_BxTxD).astype(x_BxTxD.dtype)
-    return row_major(y_BxTxD, context.kernels), mixed.cache, aux
+    return row_major(y_BxTxD, context.target), mixed.cache, aux
 
 
 def final_norm(params: dict[str, Any], x_BxTxD: jax.Array, context: Context, embed_ratio: Any = 1.0) -> jax.Array:

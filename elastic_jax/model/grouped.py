@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
-from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
 from elastic_jax.model.triton import plgpu
 
 BLOCK = 64  # rows that every expert's are padded to
@@ -69,7 +69,7 @@ def apply_experts(
     corner: Corner,
     network: ExpertNetwork,
     differentiable: bool = True,
-    kernels: str = 'xla',
+    target: Target = ANYWHERE,
     complete: bool = False,
 ) -> tuple[jax.Array, ...]:
     """`network` of each token's K experts: arrays [K, N, ...], as a dimension of K beside the last one would fill half a tile.
@@ -79,7 +79,7 @@ def apply_experts(
       corner: of the stored weights.
       network: maps (rows [R, D], matmuls) to arrays [R, ...].
       differentiable: whether a gradient may be asked for, which the loop on CPU does not have.
-      kernels: a Context's. complete: whether every pair's expert is here.
+      target: a Context's. complete: whether every pair's expert is here.
     """
     fill = Fill(pairs=not complete)
     blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, network, fill)
@@ -88,12 +88,12 @@ def apply_experts(
     on_cpu = blocks(BLOCK) if differentiable else in_turn
     # A block's weights are gathered from its expert: of larger blocks a GPU keeps fewer copies, about three of all weights.
     on_cuda = blocks(max(BLOCK, block_size(ids_KxN.size, experts, largest=ids_KxN.size)))
-    plain = lambda x, ids: jax.lax.platform_dependent(x, ids, cpu=on_cpu, cuda=on_cuda, default=by_ragged)
+    plain = lambda x, ids: by_platform(target, x, ids, default=by_ragged, cpu=on_cpu, cuda=on_cuda)
     given = {'experts': experts, 'corner': corner, 'network': network}
     # The kernel for TPU leaves rows that are nobody's out itself.
     kernel = partial(_run_by_kernel, **given, fill=fill._replace(rows=False))
     cuda = None if plgpu is None else partial(_run_by_triton, **given, fill=fill)
-    return by_platform(kernels, kernel, plain, x_NxD, ids_KxN, cuda=cuda)
+    return by_kernel(target, kernel, plain, x_NxD, ids_KxN, cuda=cuda)
 
 
 def _run_by_kernel(

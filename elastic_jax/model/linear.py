@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from elastic_jax.model.kernels import row_major
+from elastic_jax.model.kernels import Target, row_major
 
 # Parts of a contraction: XLA on CPU multiplies a vector by a matrix on one core, and the parts on all.
 PARTS, LEAST = 2, 256
@@ -22,17 +22,17 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, kernel, cpu=_by_parts, default=plain)
 
 
-def into(x: jax.Array, kernel: jax.Array, kernels: str) -> jax.Array:
+def into(x: jax.Array, kernel: jax.Array, target: Target) -> jax.Array:
     """`linear`, whose output the next kernel reads as it lies: one matrix times another, both row by row in a TPU's memory."""
-    flat_DxO = row_major(kernel.reshape(kernel.shape[0], -1), kernels)
-    return row_major(linear(x, flat_DxO), kernels).reshape(*x.shape[:-1], *kernel.shape[1:])
+    flat_DxO = row_major(kernel.reshape(kernel.shape[0], -1), target)
+    return row_major(linear(x, flat_DxO), target).reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-def out_of(x: jax.Array, kernel: jax.Array, kernels: str) -> jax.Array:
+def out_of(x: jax.Array, kernel: jax.Array, target: Target) -> jax.Array:
     """x [..., I], of which a kernel's output is taken as it lies, times kernel [*I, D]: [..., D]."""
     # D leads, as it does where the kernel is gathered and its gradient scattered.
-    flat_DxI = row_major(kernel.reshape(-1, kernel.shape[-1]).T, kernels)
-    return linear(row_major(x, kernels), flat_DxI.T)
+    flat_DxI = row_major(kernel.reshape(-1, kernel.shape[-1]).T, target)
+    return linear(row_major(x, target), flat_DxI.T)
 
 
 def _by_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model.collectives import Axes, part_index, total
-from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel
 from elastic_jax.model.kl_kernel import fits_kl_kernel, kl_and_gradient_by_kernel, top_and_sum_by_kernel
 
 Hiddens = tuple[jax.Array, ...]
@@ -29,7 +29,7 @@ def kl_losses(
     count: jax.Array | float,
     chunk: int = 512,
     axes: Axes = (),
-    kernels: str = 'xla',
+    target: Target = ANYWHERE,
 ) -> jax.Array:
     """Forward KL(teacher ‖ student) in nats per token, for each student: [N].
 
@@ -37,11 +37,11 @@ def kl_losses(
       students: (hidden states [B, T, D'], unembedding [D', V]) of each budget; D' may differ.
       teacher: the same of the teacher; no gradient flows to it.
       mask_BxT: weight of each token. count: what the weighted sum is divided by.
-      axes: the mesh axes that split the vocabulary. kernels: a Context's.
+      axes: the mesh axes that split the vocabulary. target: a Context's.
     """
     hiddens, tables = zip(*students, strict=True)
     teacher = jax.lax.stop_gradient(teacher)
-    return _fused_losses(_How('kl', chunk, axes, kernels), tuple(hiddens), tuple(tables), teacher, mask_BxT / count)
+    return _fused_losses(_How('kl', chunk, axes, target), tuple(hiddens), tuple(tables), teacher, mask_BxT / count)
 
 
 def top_k_kl_losses(
@@ -116,7 +116,7 @@ class _How(NamedTuple):
     kind: str
     chunk: int
     axes: Axes
-    kernels: str = 'xla'
+    target: Target = ANYWHERE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -179,13 +179,13 @@ def _comparison(how: _How, target: Any, teacher_table: jax.Array | None, own_voc
 
 
 def _kl_comparison(how: _How, teacher_BxQxV: jax.Array) -> Comparison:
-    kernels = how.kernels if fits_kl_kernel(math.prod(teacher_BxQxV.shape[:2])) else 'xla'
-    log_total = lambda z: _log_total(z, how.axes, kernels)
+    target = how.target if fits_kl_kernel(math.prod(teacher_BxQxV.shape[:2])) else ANYWHERE
+    log_total = lambda z: _log_total(z, how.axes, target)
     teacher_log_total = log_total(teacher_BxQxV)
 
     def compare(z: jax.Array, weight_BxQ: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         args = z, teacher_BxQxV, log_total(z), teacher_log_total, weight_BxQ[..., None]
-        return by_platform(kernels, partial(_by_rows, kl_and_gradient_by_kernel, dtype), partial(_kl_and_gradient, dtype), *args)
+        return by_kernel(target, partial(_by_rows, kl_and_gradient_by_kernel, dtype), partial(_kl_and_gradient, dtype), *args)
 
     return compare
 
@@ -248,10 +248,10 @@ def _join(x: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1])[:, :length]
 
 
-def _log_total(z_BxQxV: jax.Array, axes: Axes, kernels: str = 'xla') -> jax.Array:
+def _log_total(z_BxQxV: jax.Array, axes: Axes, target: Target = ANYWHERE) -> jax.Array:
     """log Σ_v exp(z) over the whole vocabulary, [B, Q, 1]."""
-    by_kernel = partial(_by_rows, top_and_sum_by_kernel, None)
-    top, own = by_platform(kernels, by_kernel, _top_and_sum, z_BxQxV)
+    kernel = partial(_by_rows, top_and_sum_by_kernel, None)
+    top, own = by_kernel(target, kernel, _top_and_sum, z_BxQxV)
     if axes:
         own_top, top = top, jax.lax.pmax(top, axes)
         own = total(own * jnp.exp(own_top - top), axes)

@@ -14,7 +14,7 @@ from elastic_jax.model.context import HARD, Context, Mixed, Soft
 from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.conv_kernel import conv_silu_by_kernel, fits_conv_kernel
 from elastic_jax.model.gated_norm_kernel import fits_gated_norm_kernel, gated_norm_by_kernel
-from elastic_jax.model.kernels import by_platform
+from elastic_jax.model.kernels import by_kernel
 from elastic_jax.model.linear import into, out_of
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd, ssd_step
@@ -72,7 +72,7 @@ def mamba(
     """The Mamba-2 mixer (arXiv 2405.21060). G groups share B and C; each has M heads of P channels and a state of N."""
     axes = context.shards.of('mamba_groups')
     x_BxTxD = enter(x_BxTxD, axes)
-    project = lambda name: into(x_BxTxD, params[name], context.kernels)
+    project = lambda name: into(x_BxTxD, params[name], context.target)
     inputs = {name: project(name) for name in ('x', 'b', 'c')}
     convolved = {}
     for name, u in inputs.items():
@@ -89,14 +89,14 @@ def mamba(
         kernel = ssd_by_kernel if fits_ssd_kernel(x_BxTxGxMxP.shape, mixer.state) else None
         cuda = ssd_by_triton if fits_ssd_triton(x_BxTxGxMxP.shape, mixer.state) else None
         plain = lambda *args: ssd(*args, mixer.chunk)[0]
-        y_BxTxGxMxP = by_platform(context.kernels, kernel, plain, *operands, cuda=cuda)
+        y_BxTxGxMxP = by_kernel(context.target, kernel, plain, *operands, cuda=cuda)
     else:
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
         cache = trial if context.trial else cache
     operands = y_BxTxGxMxP, x_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
     normed_BxTxGxMxP = _gated_norm(operands, context, cache, soft.gated_ratio)
-    y_BxTxD = leave(out_of(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), params['out'], context.kernels), axes)
+    y_BxTxD = leave(out_of(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), params['out'], context.target), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
 
 
@@ -106,8 +106,8 @@ def _conv_silu(
     """silu of the causal convolution; C is several dimensions."""
     plain = lambda u, kernel, bias, ids: jax.nn.silu(causal_conv(u, kernel, bias, ids, past_BxKxC))
     fits = past_BxKxC is None and fits_conv_kernel(u_BxTxC.shape, len(kernel_KxC))
-    kernels = context.kernels if fits else 'xla'
-    return by_platform(kernels, conv_silu_by_kernel, plain, u_BxTxC, kernel_KxC, bias_C, context.segment_ids_BxT)
+    kernel = conv_silu_by_kernel if fits else None
+    return by_kernel(context.target, kernel, plain, u_BxTxC, kernel_KxC, bias_C, context.segment_ids_BxT)
 
 
 def _gated_norm(operands: tuple[jax.Array, ...], context: Context, cache: Any, ratio: Any) -> jax.Array:
@@ -122,8 +122,8 @@ def _gated_norm(operands: tuple[jax.Array, ...], context: Context, cache: Any, r
 
     # A masked model, whose ratio is learned, is for search: it has no kernel.
     fits = cache is None and isinstance(ratio, float) and fits_gated_norm_kernel(operands[1].shape)
-    kernel = partial(gated_norm_by_kernel, eps=context.norm_eps)
-    return by_platform(context.kernels if fits else 'xla', kernel, plain, *operands)
+    kernel = partial(gated_norm_by_kernel, eps=context.norm_eps) if fits else None
+    return by_kernel(context.target, kernel, plain, *operands)
 
 
 def settle(trial: MambaTrial, kept_B: jax.Array, mixer: Mamba) -> tuple[jax.Array, MambaCache]:

@@ -55,7 +55,7 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
     differentiable = context.length_B is None  # with a cache nothing is trained
     out_KxNxD, *activations = apply_experts(
-        rows_NxD, own_NxK.T, experts, corner, network, differentiable, context.kernels, complete=not axes
+        rows_NxD, own_NxK.T, experts, corner, network, differentiable, context.target, complete=not axes
     )
     shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
     # No matmul, of which XLA would hold K, too few for a tile, beside the last dimension; nor its sum, which is slower.

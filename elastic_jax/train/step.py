@@ -15,6 +15,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.collectives import WHOLE, Shards, total
 from elastic_jax.model.context import Context, context_for
+from elastic_jax.model.kernels import Target, target_of
 from elastic_jax.model.losses import cross_entropy_losses, kl_losses, top_k_kl_losses
 from elastic_jax.nest.budgets import Grid, Metric
 from elastic_jax.nest.masks import mask_params, softs
@@ -31,7 +32,8 @@ Batch = dict[str, jax.Array]
 class StepConfig:
     """What all steps share. `accumulate` splits a batch into that many micro-batches, summed before the update.
 
-    `remat` and `scan` are those of a Stack, `kernels` is a Context's; without a mesh everything is on one device.
+    `remat` and `scan` are those of a Stack, `kernels` is one of `model/kernels.py:KERNELS`; without a mesh everything is on JAX's
+    default device.
     """
 
     layout: Layout = FLAT
@@ -42,6 +44,10 @@ class StepConfig:
     scan: bool = False
     kernels: str = 'auto'
     mesh: Mesh | None = None
+
+    @property
+    def target(self) -> Target:
+        return target_of(self.kernels, None if self.mesh is None else self.mesh.devices.flat[0])
 
     def shards(self, parent: Arch) -> Shards:
         return WHOLE if self.mesh is None else shards(parent, self.layout, self.mesh)
@@ -72,7 +78,7 @@ def step_context(batch: Batch, arch: Arch, config: StepConfig) -> Context:
         norm_eps=arch.norm_eps,
         dtype=config.dtype,
         shards=config.shards(arch),
-        kernels=config.kernels,
+        target=config.target,
     )
 
 
@@ -118,7 +124,7 @@ def elastic_loss(
         if teacher in ('frozen', 'cached'):
             losses = distillation(heads, teacher_params, batch, count, parent, context, config)
         elif teacher == 'self' and len(heads) > 1:
-            small = kl_losses(heads[1:], heads[0], *shared, context.kernels)
+            small = kl_losses(heads[1:], heads[0], *shared, context.target)
             losses = jnp.concatenate([cross_entropy_losses(heads[:1], batch['targets'], *shared), small])
         else:
             losses = cross_entropy_losses(heads, batch['targets'], *shared)
@@ -137,7 +143,7 @@ def distillation(
     shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
     if 'teacher_ids' in batch:
         return top_k_kl_losses(heads, batch['teacher_ids'], batch['teacher_log_p'], *shared)
-    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared, context.kernels)
+    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared, context.target)
 
 
 def teacher_head(params: Any, batch: Batch, parent: Arch, context: Context, config: StepConfig) -> tuple[jax.Array, jax.Array]:

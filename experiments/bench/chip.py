@@ -42,6 +42,7 @@ from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
+from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
 from elastic_jax.model.losses import kl_losses
 from elastic_jax.model.norm import rms_norm
@@ -125,14 +126,14 @@ CORNER = Corner(PER_BLOCK, WIDTH, EMBED)
 def experts(length: int = 8192) -> Piece:
     pairs, weights = length * TOP_K, ((EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED), jnp.bfloat16)
 
-    def form(kernels: str, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
+    def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
         network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
-        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, kernels=kernels, complete=True)[0]
+        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, target=Target(kernels=kernels), complete=True)[0]
 
     args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.int32))
     size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))
     out = ((TOP_K, length, EMBED), jnp.bfloat16)
-    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
+    return Piece(partial(form, False), partial(form, True), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
 
 
 VOCAB, HEADS_OF, TOKENS = 131072, (2688, 2240, 1856), 1024  # the embedding of each budget; tokens of a chunk
@@ -144,15 +145,15 @@ def head(length: int = 8192) -> Piece:
     kernels = [((width, VOCAB), jnp.bfloat16) for width in HEADS_OF]
     count = len(HEADS_OF)
 
-    def form(kernels: str, *args: jax.Array) -> jax.Array:
+    def form(kernels: bool, *args: jax.Array) -> jax.Array:
         students, teacher = zip(args[:count], args[count : 2 * count], strict=True), args[2 * count : -1]
-        return kl_losses(tuple(students), teacher, args[-1], float(length), TOKENS, kernels=kernels)
+        return kl_losses(tuple(students), teacher, args[-1], float(length), TOKENS, target=Target(kernels=kernels))
 
     # One matmul of the teacher, three of every budget; every table and hidden state once, with its gradient.
     flops = 2 * length * VOCAB * (HEADS_OF[0] + 3 * sum(HEADS_OF))
     size = 2 * (HEADS_OF[0] + 2 * sum(HEADS_OF)) * (length + VOCAB)
     args = (*hidden, *kernels, hidden[0], kernels[0], ((1, length), jnp.float32))
-    return Piece(partial(form, 'xla'), partial(form, 'auto'), args, ((count,), jnp.float32), 2 * count, flops, size)
+    return Piece(partial(form, False), partial(form, True), args, ((count,), jnp.float32), 2 * count, flops, size)
 
 
 PIECES = {

@@ -54,7 +54,7 @@ OURS = re.compile(r'\.entry (flash|ssd|experts)_')  # in PTX
 def kernel_of(name: str) -> Callable[..., Any]:
     """The GPU's kernels for one of chip.py's pieces."""
     form = chip.PIECES[name].plain
-    return KERNELS[name.split()[0]] if name.split()[0] in KERNELS else partial(form.func, 'pallas')
+    return KERNELS[name.split()[0]] if name.split()[0] in KERNELS else partial(form.func, True)
 
 
 def compiled(form: Callable[..., Any], piece: chip.Piece) -> tuple[float, float, list[str]]:

@@ -11,6 +11,7 @@ from elastic_jax.arch import Arch, Attention
 from elastic_jax.model import flash
 from elastic_jax.model.attention import attention
 from elastic_jax.model.context import context_for
+from elastic_jax.model.kernels import ANYWHERE, Target
 from tests.tiny import numpy_params
 
 
@@ -55,7 +56,7 @@ def test_values_and_gradients_are_the_closed_form(monkeypatch, kv_heads, per_kv,
 
 
 def test_the_mixer_is_the_same_by_either_form(monkeypatch):
-    """Through `Context.kernels`; sequences shorter than the kernel is for are left to XLA."""
+    """Through `Context.target`; sequences shorter than the kernel is for are left to XLA."""
     mixer = Attention(2, 2, 8)
     layer = numpy_params(Arch.from_pattern('*', vocab=4, embed=6, attention=mixer))['layer_000']
     rng, length = np.random.default_rng(4), 130
@@ -63,16 +64,16 @@ def test_the_mixer_is_the_same_by_either_form(monkeypatch):
     ids = jnp.asarray(np.cumsum(rng.uniform(size=(1, length)) < 0.05, axis=1))
     context = context_for(ids, ids)
 
-    def run(kernels):
-        own = dataclasses.replace(context, kernels=kernels)
+    def run(target):
+        own = dataclasses.replace(context, target=target)
         program = jax.jit(lambda layer, x: attention(layer, x, mixer, own, None).y_BxTxD).lower(layer, x)
         return program.as_text(debug_info=True), program.compile()(layer, x)
 
-    plain, expected = run('xla')
-    assert 'splash' not in plain and 'splash' not in run('pallas')[0]
+    plain, expected = run(ANYWHERE)
+    assert 'splash' not in plain and 'splash' not in run(Target(kernels=True))[0]
     monkeypatch.setattr(flash, 'SHORTEST', 128)
-    by_kernel, found = run('pallas')
-    assert 'splash' in by_kernel and 'splash' not in run('auto')[0]
+    by_kernel, found = run(Target(kernels=True))
+    assert 'splash' in by_kernel and 'splash' not in run(Target('cpu'))[0]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 

@@ -18,6 +18,7 @@ from elastic_jax.model.flash_triton import (
     flash_attention_by_triton,
     meeting_blocks,
 )
+from elastic_jax.model.kernels import Target
 from tests.model import cuda
 from tests.model.gradients import both_ways
 from tests.model.test_flash import closed_form
@@ -75,17 +76,21 @@ def test_blocks_that_share_no_document_are_left_out():
 
 
 def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for():
-    """Through `Context.kernels`; sequences shorter than the kernels are for are left to XLA."""
+    """Through `Context.target`; sequences shorter than the kernels are for are left to XLA."""
     mixer = Attention(4, 2, 8)
     layer = numpy_params(Arch.from_pattern('*', vocab=4, embed=6, attention=mixer))['layer_000']
 
-    def program(kernels, length):
+    def program(target, length):
         ids = np.ones((1, length), np.int32)
-        context = dataclasses.replace(context_for(ids, ids), kernels=kernels)
+        context = dataclasses.replace(context_for(ids, ids), target=target)
         x = np.zeros((1, length, 6), np.float32)
         return cuda.lowered(jax.grad(lambda layer: attention(layer, x, mixer, context, None).y_BxTxD.sum()), layer)
 
-    by_kernel, plain, short = program('pallas', SHORTEST + 1), program('auto', SHORTEST + 1), program('pallas', SHORTEST - 1)
+    by_kernel, plain, short = (
+        program(Target('cuda', kernels=True), SHORTEST + 1),
+        program(Target('cuda'), SHORTEST + 1),
+        program(Target('cuda', kernels=True), SHORTEST - 1),
+    )
     for name in ('flash_forward', 'flash_query_gradients', 'flash_key_gradients', 'xla.gpu.triton'):
         assert name in by_kernel and name not in plain and name not in short
 

@@ -10,6 +10,7 @@ import pytest
 from elastic_jax.model import grouped
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.grouped_triton import COLUMNS, DEPTH, ROWS
+from elastic_jax.model.kernels import Target
 from tests.model import cuda
 
 
@@ -51,12 +52,12 @@ def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for_and_comput
     corner, shaped = Corner(2, 1856, 2688), lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     x, w = shaped(jnp.bfloat16, 512, 2688), shaped(jnp.bfloat16, 64, 2, 1856, 2688)
 
-    def loss(kernels, w, x, ids):
+    def loss(target, w, x, ids):
         network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, w), w),)
-        return grouped.apply_experts(x, ids, 128, corner, network, kernels=kernels)[0].sum()
+        return grouped.apply_experts(x, ids, 128, corner, network, target=target)[0].sum()
 
-    program = lambda kernels: cuda.lowered(jax.grad(functools.partial(loss, kernels)), w, x, shaped(jnp.int32, 6, 512))
-    by_kernel, plain = program('pallas'), program('auto')
+    program = lambda target: cuda.lowered(jax.grad(functools.partial(loss, target)), w, x, shaped(jnp.int32, 6, 512))
+    by_kernel, plain = program(Target('cuda', kernels=True)), program(Target('cuda'))
     for name in ('experts_into', 'experts_out', 'experts_gradient', 'xla.gpu.triton'):
         assert name in by_kernel and name not in plain
     assert 'ragged_dot' not in by_kernel and 'ragged_dot' not in plain

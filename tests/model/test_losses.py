@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastic_jax.model.kernels import Target
 from elastic_jax.model.losses import cross_entropy_losses, kl_losses
 
 B, T, V, WIDTHS = 2, 11, 7, (5, 3)
@@ -73,18 +74,20 @@ def test_kernels_give_the_plain_divergence_and_gradients(vocab):
         (9 * draw(2, 48, 6), draw(6, vocab)),
     )
     mask = (rng.random((2, 48)) < 0.7).astype(np.float32)
-    losses = lambda kernels: lambda students: kl_losses(students, teacher, mask, 5.0, 24, kernels=kernels)
+    losses = lambda students: kl_losses(students, teacher, mask, 5.0, 24, target=Target(kernels=True))
 
-    assert 'pallas_call' in str(jax.make_jaxpr(losses('pallas'))(students))
+    assert 'pallas_call' in str(jax.make_jaxpr(losses)(students))
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (students, teacher))
         expected = plain(*double, None, mask, 5.0, 'kl')
         expected_grads = jax.grad(lambda students: plain(students, double[1], None, mask, 5.0, 'kl').sum())(double[0])
-    np.testing.assert_allclose(losses('pallas')(students), expected, rtol=2e-5)
-    found = jax.grad(lambda students: losses('pallas')(students).sum())(students)
+    np.testing.assert_allclose(losses(students), expected, rtol=2e-5)
+    found = jax.grad(lambda students: losses(students).sum())(students)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max()), found, expected_grads)
 
 
 def test_rows_that_are_no_whole_strips_take_the_plain_form():
     students, teacher, _, mask = draw_inputs()
-    assert 'pallas_call' not in str(jax.make_jaxpr(lambda: kl_losses(students, teacher, mask, 1.0, 4, kernels='pallas'))())
+    assert 'pallas_call' not in str(
+        jax.make_jaxpr(lambda: kl_losses(students, teacher, mask, 1.0, 4, target=Target(kernels=True)))()
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from elastic_jax.arch import Arch, Mamba
 from elastic_jax.model.context import context_for
+from elastic_jax.model.kernels import ANYWHERE, Target
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK, fits_ssd_kernel
@@ -101,13 +102,13 @@ def test_the_mixer_is_the_same_by_either_form():
     ids = np.repeat([1, 2, 3], [60, 30, CHUNK - 81])[None]
     context = context_for(ids, ids)
 
-    def run(kernels):
-        own = dataclasses.replace(context, kernels=kernels)
+    def run(target):
+        own = dataclasses.replace(context, target=target)
         program = jax.jit(lambda layer, x: mamba(layer, x, mixer, own, None).y_BxTxD).lower(layer, x)
         return program.as_text(debug_info=True), program.compile()(layer, x)
 
-    (plain, expected), (by_kernel, found) = run('xla'), run('pallas')
-    assert 'ssd_forward' in by_kernel and 'ssd_forward' not in plain and 'ssd_forward' not in run('auto')[0]
+    (plain, expected), (by_kernel, found) = run(ANYWHERE), run(Target(kernels=True))
+    assert 'ssd_forward' in by_kernel and 'ssd_forward' not in plain and 'ssd_forward' not in run(Target('cpu'))[0]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from elastic_jax.arch import Arch, Mamba
 from elastic_jax.model.context import context_for
+from elastic_jax.model.kernels import Target
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_triton import CHUNK, HEADS, fits_ssd_triton, ssd_by_triton
@@ -86,12 +87,12 @@ def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for():
     context = context_for(ids, ids)
     x = np.zeros((1, CHUNK + 60, 6), np.float32)
 
-    def program(kernels):
-        own = dataclasses.replace(context, kernels=kernels)
+    def program(target):
+        own = dataclasses.replace(context, target=target)
         return cuda.lowered(jax.grad(lambda layer: mamba(layer, x, mixer, own, None).y_BxTxD.sum()), layer)
 
     names = ('ssd_states', 'ssd_outputs', 'ssd_head_gradients', 'ssd_group_gradients')
-    by_kernel, plain = program('pallas'), program('auto')
+    by_kernel, plain = program(Target('cuda', kernels=True)), program(Target('cuda'))
     assert all(name in by_kernel and name not in plain for name in names)
     assert 'xla.gpu.triton' in by_kernel and 'xla.gpu.triton' not in plain
 

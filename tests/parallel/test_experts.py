@@ -10,6 +10,7 @@ from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.context import Context
+from elastic_jax.model.kernels import ANYWHERE, Target
 from elastic_jax.model.moe import moe
 from elastic_jax.model.params import param_table
 from elastic_jax.parallel.mesh import make_mesh
@@ -32,7 +33,7 @@ def layer_with(preference):
     return layer | {'correction_bias': preference.reshape(4, 2).astype(np.float32)}
 
 
-def on_mesh(mesh, kernels='xla'):
+def on_mesh(mesh, target=ANYWHERE):
     """The mixer as the training step runs it: manual over the mesh, weights stored as the rules say and whole along embed."""
     table = param_table(ARCH, LAYOUT)['layer_000']
     specs = {name: param_spec(param, mesh) for name, param in table.items()}
@@ -41,7 +42,7 @@ def on_mesh(mesh, kernels='xla'):
         fetched = {axis for axes, _ in fetch_axes(table[name], spec) for axis in axes}
         left = [tuple(axis for axis in spec_axes(spec, dim) if axis not in fetched) or None for dim in range(len(spec))]
         computed[name] = PartitionSpec(*left)
-    context = Context(None, shards=shards(ARCH, LAYOUT, mesh), kernels=kernels)
+    context = Context(None, shards=shards(ARCH, LAYOUT, mesh), target=target)
     rows = batch_spec(mesh)
 
     def run(layer, x):
@@ -62,7 +63,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize('sizes', [{'replica': 2, 'expert': 4}, {'expert': 2, 'tensor': 2, 'fsdp': 2}], ids=str)
 def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
     x = np.random.default_rng(1).normal(size=(8, 3, 8)).astype(np.float32)
-    run = on_mesh(make_mesh(sizes), 'pallas' if form == 'kernel' else 'xla')
+    run = on_mesh(make_mesh(sizes), Target('cpu', kernels=True) if form == 'kernel' else ANYWHERE)
     for name, preference in ROUTINGS.items():
         layer = layer_with(preference)
         found, load = run(layer, x)
@@ -76,17 +77,18 @@ def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
 @pytest.mark.parametrize(
     ('platform', 'kernels', 'called'),
     [
-        ('cpu', 'auto', None),
-        ('tpu', 'xla', 'ragged_dot'),
-        ('tpu', 'auto', 'tpu_custom_call'),
-        ('cuda', 'auto', None),
-        ('cuda', 'xla', None),
-        ('rocm', 'auto', 'ragged_dot'),
+        ('cpu', False, None),
+        ('tpu', False, 'ragged_dot'),
+        ('tpu', True, 'tpu_custom_call'),
+        ('cuda', False, None),
+        ('rocm', False, 'ragged_dot'),
     ],
 )
-def test_only_where_it_is_a_grouped_matmul_the_ragged_one_is_called(platform, kernels, called):
+@pytest.mark.parametrize('known', [True, False], ids=['platform known', 'platform left to lowering'])
+def test_only_where_it_is_a_grouped_matmul_the_ragged_one_is_called(known, platform, kernels, called):
     x, ids, w = jnp.ones((16, 8)), jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 2, 8, 8))
     network = lambda rows, matmuls: (matmuls.into(rows, w),)
-    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, kernels=kernels)
+    target = Target(platform if known else '', kernels)
+    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, target=target)
     text = jax.jit(run).trace(x, ids, w).lower(lowering_platforms=(platform,)).as_text()
     assert [name for name in ('ragged_dot', 'tpu_custom_call') if name in text] == ([called] if called else [])
