@@ -22,7 +22,7 @@ from elastic_jax.checkpoint.manifest import Manifest
 from elastic_jax.checkpoint.memory import FreedMemory
 from elastic_jax.checkpoint.stored import keep_files
 from elastic_jax.data.tokenizers import TOKENIZER_FILES
-from elastic_jax.errors import WorkError, reason
+from elastic_jax.errors import UserError, WorkError, reason
 
 Index = tuple[slice, ...]
 
@@ -137,10 +137,14 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest, tokenizer: epath.PathLike | None = None) -> None:
     """Writes step 0 of a new workdir from a tree of LazyLeaf; first, beside it, the files of the folder `tokenizer`.
 
-    Raises: WorkError when it cannot be written. Errors of `load` pass through. Either way what was begun is removed.
+    Raises: UserError when the workdir holds another tokenizer; WorkError when it cannot be written. Errors of `load` pass
+      through. Either way what was begun is removed, and nothing else.
     """
     workdir = epath.Path(workdir).resolve()  # Orbax wants absolute paths
-    root, made = workdir / 'checkpoints', [workdir / 'checkpoints', workdir / 'tokenizer'] if workdir.exists() else [workdir]
+    root, beside = workdir / 'checkpoints', workdir / 'tokenizer'
+    if tokenizer:
+        _refuse_another(beside, epath.Path(tokenizer))
+    before = set(_entries(workdir))
     arrays = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), (LazyLeaf, arrays))
     trees = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
@@ -149,7 +153,7 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest, tokeni
     )
     try:
         if tokenizer:
-            keep_files(tokenizer, workdir / 'tokenizer', TOKENIZER_FILES)
+            keep_files(tokenizer, beside, TOKENIZER_FILES)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers(trees))) as checkpointer:
             checkpointer.save(root / '0', args=items)
     except (OSError, ValueError) as error:
@@ -159,17 +163,32 @@ def save_lazily(workdir: epath.PathLike, params: Any, manifest: Manifest, tokeni
     finally:
         arrays.stop()  # another item's failure does not stop it
         if not (root / '0').exists():
-            for folder in made:
-                _remove(folder)
+            for path in _entries(workdir):
+                if path not in before:
+                    _remove(path)
 
 
-def _remove(folder: epath.Path) -> None:
-    """Removes a folder in which a file that failed may still be coming or going."""
+def _refuse_another(folder: epath.Path, tokenizer: epath.Path) -> None:
+    """Every slice would carry the files of another tokenizer along. Those of this one may be there from a killed attempt."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        own = tokenizer / path.name
+        if path.name not in TOKENIZER_FILES or not own.is_file() or own.read_bytes() != path.read_bytes():
+            raise UserError(f'{path} is none of the files of the tokenizer in {tokenizer}; remove it, or take another folder')
+
+
+def _entries(workdir: epath.Path) -> list[epath.Path]:
+    """The folder and what is in it and in its folders, as far as `save_lazily` writes there; outer ones first."""
+    folders = [folder for folder in (workdir, workdir / 'checkpoints', workdir / 'tokenizer') if folder.is_dir()]
+    return folders + [path for folder in folders[1:] for path in folder.iterdir()]
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a file, or a folder in which a file that failed may still be coming or going."""
     for _ in range(REMOVALS):
         try:
-            folder.rmtree()
+            path.rmtree() if path.is_dir() else path.unlink()
         except FileNotFoundError:
-            if not folder.exists():
+            if not path.exists():
                 return
         except OSError:
             time.sleep(0.05)

@@ -202,6 +202,17 @@ def test_refused_or_failing_import_leaves_nothing(imported, tmp_path, monkeypatc
         import_checkpoint(imported[0], tmp_path / 'work')
     assert [path.name for path in tmp_path.iterdir()] == ['model']
 
+    tokenizer = tmp_path / 'own' / 'tokenizer'
+    tokenizer.mkdir(parents=True)
+    shutil.copy(imported[0] / 'tokenizer.json', tokenizer)  # as a killed import leaves it
+    with pytest.raises(UserError, match='ends inside'):
+        import_checkpoint(imported[0], tmp_path / 'own')
+    assert [path.name for path in (tmp_path / 'own').rglob('*')] == ['tokenizer', 'tokenizer.json']
+    (tokenizer / 'tokenizer.json').write_text('{"model": {"another": 1}}')
+    with pytest.raises(UserError, match='is none of the files of the tokenizer'):
+        import_checkpoint(imported[0], tmp_path / 'own')
+    assert (tokenizer / 'tokenizer.json').read_text() == '{"model": {"another": 1}}'
+
 
 def test_import_that_was_killed_can_be_repeated(imported, tmp_path):
     killed = tmp_path / 'work' / 'checkpoints' / '0.orbax-checkpoint-tmp' / 'params.orbax-checkpoint-tmp'
