@@ -146,11 +146,7 @@ class Arch:
     ranking: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
-    def from_pattern(
-        cls,
-        pattern: str,
-        **kwargs: Any,
-    ) -> Arch:
+    def from_pattern(cls, pattern: str, **kwargs: Any) -> Arch:
         """Builds the Arch whose block i is the mixer that letter i of `pattern` names.
 
         Args:
@@ -177,7 +173,11 @@ class Arch:
     @property
     def layers(self) -> int:
         """The number of drop units that are kept."""
-        return sum(self.mixers[unit * self.unit_blocks] is not None for unit in range(self.units))
+        return len(self.kept_units())
+
+    def kept_units(self) -> list[int]:
+        """The drop units that are kept, from most to least important."""
+        return [unit for unit in (self.ranking or range(self.units)) if self.mixers[unit * self.unit_blocks] is not None]
 
     def axes(self) -> tuple[Axis, ...]:
         """The axes along which this model can shrink."""
@@ -245,7 +245,7 @@ class Arch:
         return child
 
     def _drop(self, mixers: list[Mixer | None], keep: int) -> list[Mixer | None]:
-        kept = [unit for unit in (self.ranking or range(self.units)) if self.mixers[unit * self.unit_blocks] is not None]
+        kept = self.kept_units()
         if keep > len(kept):
             raise UserError(f'layers={keep} does not nest: the parent has {len(kept)}')
         alive = set(kept[:keep])
@@ -330,21 +330,19 @@ def _blocks_named(arch: Arch, axis: Axis, block: str) -> list[int]:
     blocks = list(arch.layer_widths(axis.name))
     if not block:
         return blocks
-    if not block.isdigit() or int(block) not in blocks:
+    if not block.isdecimal() or int(block) not in blocks:
         raise UserError(f'{axis.name}@{block}: block {block} has no such axis; blocks that do: {blocks}')
     return [int(block)]
 
 
 def _check_mixer(i: int, mixer: Mixer) -> None:
-    for axis in layer_axes():
-        if isinstance(mixer, axis.kind) and axis.name != 'shared_width':
-            width = getattr(mixer, axis.field)
-            _require(width >= 1, f'{axis.name}@{i}={width} must be at least 1')
+    names = {axis.field: axis.name for axis in layer_axes() if axis.kind is type(mixer)}
+    for field in dataclasses.fields(mixer):
+        if field.type == 'int':
+            size, least = getattr(mixer, field.name), 0 if field.name == 'shared_width' else 1
+            _require(size >= least, f'{names.get(field.name, field.name)}@{i}={size} must be at least {least}')
     if isinstance(mixer, Mamba):
-        _require(
-            mixer.heads % mixer.groups == 0,
-            f'mamba_heads@{i}={mixer.heads} is not a multiple of its {mixer.groups} groups',
-        )
+        _require(mixer.heads % mixer.groups == 0, f'mamba_heads@{i}={mixer.heads} is not a multiple of its {mixer.groups} groups')
     elif isinstance(mixer, MoE):
         _require(mixer.scoring in ('sigmoid', 'softmax'), f'block {i}: scoring {mixer.scoring!r} is not sigmoid or softmax')
         _require(
@@ -352,10 +350,7 @@ def _check_mixer(i: int, mixer: Mixer) -> None:
             f'experts@{i}={mixer.experts} do not divide into {mixer.groups} routing groups, of which {mixer.top_groups} are used',
         )
         reachable = mixer.experts // mixer.groups * mixer.top_groups
-        _require(
-            reachable >= mixer.top_k,
-            f'experts@{i}={mixer.experts} leaves {reachable} to choose top_k={mixer.top_k} from',
-        )
+        _require(reachable >= mixer.top_k, f'experts@{i}={mixer.experts} leaves {reachable} to choose top_k={mixer.top_k} from')
         _require(
             mixer.groups == 1 or mixer.experts // mixer.groups >= 2,
             f'experts@{i}={mixer.experts} leaves fewer than two experts in each of {mixer.groups} routing groups',
@@ -363,10 +358,7 @@ def _check_mixer(i: int, mixer: Mixer) -> None:
     elif isinstance(mixer, Attention):
         _require(mixer.rope is None or mixer.head_dim % 2 == 0, f'block {i}: rotary needs an even head_dim')
     if isinstance(mixer, MLP | MoE):
-        _require(
-            mixer.activation in ('relu2', 'swiglu'),
-            f'block {i}: activation {mixer.activation!r} is not relu2 or swiglu',
-        )
+        _require(mixer.activation in ('relu2', 'swiglu'), f'block {i}: activation {mixer.activation!r} is not relu2 or swiglu')
 
 
 def _require(condition: bool, message: str) -> None:
@@ -391,9 +383,12 @@ def parse_widths(text: str) -> dict[str, int]:
     widths = {}
     for part in filter(None, (part.strip() for part in text.split(','))):
         name, equals, value = part.partition('=')
-        if not equals or not value.strip().isdigit():
+        name, value = name.strip(), value.strip()
+        if not equals or not value.isdecimal():
             raise UserError(f'cannot read {part!r} in widths {text!r}; write axis=number, such as embed=96,mlp@3=128')
-        widths[name.strip()] = int(value)
+        if name in widths:
+            raise UserError(f'widths {text!r} give {name} twice; keep one of them')
+        widths[name] = int(value)
     if not widths:
         raise UserError('no widths given; write axis=number, such as embed=96,mlp=256')
     return widths

@@ -117,6 +117,7 @@ def test_what_is_no_description_is_refused(data):
         (HYBRID, {'embed': 8.0}, 'width embed=8.0 is not a positive whole number'),
         (HYBRID, {'mlp@2': 8}, 'mlp@2: block 2 has no such axis; blocks that do: \\[3\\]'),
         (HYBRID, {'mlp@x': 8}, 'mlp@x: block x has no such axis'),
+        (HYBRID, {'mlp@³': 8}, 'mlp@³: block ³ has no such axis'),
         (HYBRID, {'embed@1': 8}, 'axis embed holds for the whole model; write embed=8, without @1'),
         (HYBRID, {'layers@1': 1}, 'axis layers holds for the whole model'),
         (HYBRID, {'mamba_heads': 3}, 'mamba_heads@0=3 is not a multiple of its 2 groups'),
@@ -144,6 +145,11 @@ def test_fewer_than_two_experts_in_a_routing_group_are_refused():
         ('*-', {'attention': Attention(1, 1, 4)}, "has '-', but no mixer is given for it"),
         ('-', {'mlp': MLP(8, activation='gelu')}, "activation 'gelu' is not relu2 or swiglu"),
         ('-', {'mlp': MLP(0)}, 'mlp@0=0 must be at least 1'),
+        ('M', {'mamba': Mamba(heads=4, head_dim=4, groups=0, state=4)}, 'groups@0=0 must be at least 1'),
+        ('M', {'mamba': Mamba(heads=4, head_dim=4, groups=2, state=4, chunk=0)}, 'chunk@0=0 must be at least 1'),
+        ('E', {'moe': MoE(4, 4, top_k=2, groups=0)}, 'groups@0=0 must be at least 1'),
+        ('E', {'moe': MoE(4, 4, top_k=0)}, 'top_k@0=0 must be at least 1'),
+        ('E', {'moe': MoE(4, 4, top_k=2, shared_width=-1)}, 'shared_width@0=-1 must be at least 0'),
         ('E', {'moe': MoE(4, 4, 2, scoring='tanh')}, "scoring 'tanh' is not sigmoid or softmax"),
         ('*', {'attention': Attention(1, 1, 5, rope=Rope())}, 'rotary needs an even head_dim'),
         ('M', {'mamba': Mamba(heads=3, head_dim=4, groups=2, state=4)}, 'mamba_heads@0=3 is not a multiple of its 2 groups'),
@@ -189,7 +195,12 @@ def test_parse_widths():
     assert parse_widths(' embed=96, mlp=256,mlp@3=128,') == {'embed': 96, 'mlp': 256, 'mlp@3': 128}
 
 
-@pytest.mark.parametrize('text', ['embed', 'embed=', 'embed=a', 'embed=-3', 'embed=1.5', '', ' , '])
+def test_widths_given_twice_are_refused():
+    with pytest.raises(UserError, match='give embed twice'):
+        parse_widths('embed=96,mlp=8,embed=64')
+
+
+@pytest.mark.parametrize('text', ['embed', 'embed=', 'embed=a', 'embed=²', 'embed=-3', 'embed=1.5', '', ' , '])
 def test_parse_widths_refuses(text):
     with pytest.raises(UserError, match=r'write axis=number, such as embed=96'):
         parse_widths(text)
