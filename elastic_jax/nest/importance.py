@@ -149,7 +149,7 @@ def rank_layers(
     logits least, s_j = Σ(M_full − M_without_j)² / Σ M_full². Stops at `min_units`; those left are ordered by that last round.
     """
     batches = [_inputs(batch) for batch in batches]
-    alive = [unit for unit in range(arch.units) if arch.mixers[unit * arch.unit_blocks] is not None]
+    alive = sorted(arch.kept_units())
     removed: list[int] = []
     errors: list[float] = []
     round_errors: dict[int, float] = {}

@@ -96,13 +96,11 @@ def soft_masks(parent: Arch, grid: Grid, probabilities: Probabilities, layout: L
 def keep_shares(parent: Arch, grid: Grid, probabilities: Probabilities) -> list[Any]:
     """The probability that each block is kept; 0 for a block that the parent does not have."""
     choices = next((choices for choices in grid if choices.axis == 'layers'), None)
-    alive = [0.0 if mixer is None else 1.0 for mixer in parent.mixers]
     if choices is None:
-        return alive
+        return [0.0 if mixer is None else 1.0 for mixer in parent.mixers]
     kept_N = jnp.asarray(choices.widths)
-    place = {unit: rank for rank, unit in enumerate(parent.ranking or range(parent.units))}
-    shares = [jnp.sum(probabilities['layers'][0] * (kept_N > place[unit])) for unit in range(parent.units)]
-    return [share * shares[i // parent.unit_blocks] for i, share in enumerate(alive)]
+    shares = {unit: jnp.sum(probabilities['layers'][0] * (kept_N > place)) for place, unit in enumerate(parent.kept_units())}
+    return [shares.get(i // parent.unit_blocks, 0.0) for i in range(len(parent.mixers))]
 
 
 def _mix(probabilities_C: jax.Array, widths: Any, size: int) -> jax.Array:

@@ -68,6 +68,18 @@ def test_certain_probabilities_give_the_masks_and_the_cost_of_the_slice(point):
         np.testing.assert_allclose(expected_cost(PARENT, GRID, probabilities, measure), measure(child, None), rtol=1e-5)
 
 
+@pytest.mark.parametrize('ranking', [(), (4, 0, 2, 1, 3), (4, 2, 3, 1)], ids=str)  # rank_layers names only the units there are
+def test_a_parent_with_dropped_blocks_is_searched_over_those_it_has(ranking):
+    parent = dataclasses.replace(HYBRID, mixers=(None, *HYBRID.mixers[1:]), ranking=ranking)
+    grid, measure = make_grid(parent, {'layers': (4, 3, 2)}), metric('parameters')
+    for n in range(3):
+        point = {'layers': (n,)}
+        child, probabilities = point_arch(parent, grid, point), {'layers': jnp.eye(3)[n : n + 1]}
+        soft, hard = soft_masks(parent, grid, probabilities).keep, hard_masks(parent, child).keep
+        assert {name: float(soft[name]) for name in hard} == hard
+        np.testing.assert_allclose(expected_cost(parent, grid, probabilities, measure), measure(child, None))
+
+
 def test_gumbel_softmax_draws_the_choices_with_their_probabilities():
     """At a low temperature the largest entry is distributed as softmax(scale · logits)."""
     logits = {'mlp': jnp.tile(jnp.asarray([[0.5, 0.0, -0.3]]), (20000, 1))}
