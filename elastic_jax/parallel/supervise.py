@@ -11,6 +11,7 @@ stopped; 2 when a process refused its input; else 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -34,6 +35,7 @@ from elastic_jax.parallel.verdict import Circumstances, Ending, Verdict, verdict
 KEPT_LINES = 400
 # Once one has ended badly, the others have so many heartbeat time-outs to stop by themselves.
 GRACE = 2.5
+TWICE = 0.01  # seconds within which two signals are meant as one
 GLOO_CHATTER = b'[Gloo] Rank '  # its library's greeting, on stdout
 PR_SET_PDEATHSIG = 1
 
@@ -67,13 +69,18 @@ class Child:
             reader.start()
 
     def _pass_on(self, source: IO[bytes], target: IO[bytes], label: str, kept: deque[str] | None) -> None:
+        writes = True
         for line in source:
             if line.startswith(GLOO_CHATTER):
                 continue
             if kept is not None:
                 kept.append(line.decode(errors='replace'))
-            target.write(label.encode() + line)
-            target.flush()
+            try:
+                if writes:
+                    target.write(label.encode() + line)
+                    target.flush()
+            except OSError:  # a full disk, a closed pipe; a process whose lines nobody reads would wait for ever
+                writes = False
 
     def kill(self) -> None:
         self.killed = True
@@ -102,8 +109,9 @@ def supervise(children: Sequence[tuple[int | None, Sequence[str], Mapping[str, s
     """
     rerun = rerun or os.environ.get('ELASTIC_RERUN') or shlex.join(children[0][1])
     heartbeat = heartbeat_timeout(os.environ)
-    signals: list[int] = []
-    before = {number: signal.signal(number, lambda n, frame: signals.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals: list[float] = []
+    hear = lambda number, frame: _hear(signals, time.monotonic())
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     running: list[Child] = []
     with tempfile.TemporaryDirectory(prefix='elastic-') as roster:
         try:
@@ -120,18 +128,25 @@ def supervise(children: Sequence[tuple[int | None, Sequence[str], Mapping[str, s
                 signal.signal(number, handler)
         result = _judge(running, Path(roster), rerun, heartbeat, bool(signals))
     if result.sentence:
-        print(f'elastic: {result.sentence}', file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # as of `_pass_on`: the status says it still
+            print(f'elastic: {result.sentence}', file=sys.stderr, flush=True)
     return result.status
 
 
-def _wait(running: Sequence[Child], signals: Sequence[int], grace: float) -> None:
-    """Until all have ended. Hands signals on; kills those that go on too long after one has ended badly."""
+def _hear(signals: list[float], now: float) -> None:
+    """Notes when a signal came; timeout(1) sends each twice, to its child and to the group that it is in."""
+    if not signals or now - signals[-1] > TWICE:
+        signals.append(now)
+
+
+def _wait(running: Sequence[Child], signals: Sequence[float], grace: float) -> None:
+    """Until all have ended. Hands the first signal on and kills at a second; also those that go on long after a bad ending."""
     handed_on, deadline = 0, None
     while any(child.popen.poll() is None for child in running):
         alive = [child for child in running if child.popen.poll() is None]
         if len(signals) > handed_on:
             for child in alive:
-                child.popen.terminate() if handed_on == 0 else child.kill()
+                child.popen.terminate() if len(signals) == 1 else child.kill()
             handed_on = len(signals)
         if deadline is None and any(child.popen.poll() for child in running):
             deadline = time.monotonic() + grace

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_jax.parallel.supervise import TWICE, _hear, _wait
 from elastic_jax.parallel.verdict import Circumstances, Ending, lost_tasks, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -100,9 +101,44 @@ def test_sigterm_reaches_all_and_a_second_one_ends_what_does_not_listen():
     assert [process.stdout.readline() for _ in range(2)] == ['up\n'] * 2
     process.send_signal(signal.SIGTERM)
     assert [process.stdout.readline() for _ in range(2)] == ['asked\n'] * 2
+    time.sleep(2 * TWICE)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and 'killed' in errors
+
+
+class Deaf:
+    """A child that only a kill ends."""
+
+    killed = False
+    popen = property(lambda self: self)
+
+    def poll(self):
+        return -signal.SIGKILL if self.killed else None
+
+    def terminate(self):
+        raise AssertionError('asked to stop')
+
+    def kill(self):
+        self.killed = True
+
+
+def test_a_second_signal_kills_however_soon_it_comes_and_one_that_is_sent_twice_is_one():
+    heard = []
+    for now in (1.0, 1.0 + TWICE / 2):
+        _hear(heard, now)
+    assert heard == [1.0]
+    _hear(heard, 1.0 + 2 * TWICE)
+    child = Deaf()
+    _wait([child], heard, grace=1)
+    assert child.killed
+
+
+def test_a_log_that_cannot_be_written_does_not_hold_the_run_up():
+    talk = 'import sys; [print("x" * 60, file=sys.stderr) for _ in range(4000)]'
+    command = [sys.executable, '-m', 'elastic_jax.parallel.supervise', '--', sys.executable, '-c', talk]
+    with open('/dev/full', 'w') as full:
+        assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=60).returncode == 0
 
 
 def test_those_that_go_on_after_one_was_lost_are_ended():
