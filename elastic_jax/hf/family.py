@@ -69,11 +69,15 @@ def refuse(model_type: str, condition: bool, problem: str) -> None:
 
 
 def rope_from_config(config: Config) -> Rope:
-    """The rotary embedding of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    given = config.value('rope_parameters', 'rope_scaling', default={})
+    """The rotary embedding of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+
+    Of both, transformers 5 takes `rope_scaling` alone, unless it is empty.
+    """
+    key = 'rope_scaling' if config.value('rope_scaling', default={}) else 'rope_parameters'
+    given = config.value(key, default={})
     if not isinstance(given, dict):
-        raise UserError(f'{config.where}: rope_parameters={given!r} is not an object')
-    rope = Config(given, f'{config.where} rope_parameters')
+        raise UserError(f'{config.where}: {key}={given!r} is not an object')
+    rope = Config(given, f'{config.where} {key}')
     theta = rope.number('rope_theta', default=config.value('rope_theta', default=10000.0))
     rope.only('partial_rotary_factor', 1.0, what='a rotary embedding over a part of the head')
     config.only('partial_rotary_factor', 1.0, what='a rotary embedding over a part of the head')
@@ -110,8 +114,9 @@ def attention_from_config(config: Config, embed: int, **kwargs: Any) -> Attentio
     """The attention that `num_attention_heads`, `num_key_value_heads` and `head_dim` describe."""
     heads = config.whole('num_attention_heads')
     kv_heads = config.whole('num_key_value_heads', default=heads)
-    if kv_heads < 1 or heads % kv_heads:
-        raise UserError(f'{config.where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}')
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        found = f'num_attention_heads={heads} and num_key_value_heads={kv_heads}'
+        raise UserError(f'{config.where}: {found} must be at least 1, the one a multiple of the other; restore them')
     head_dim = config.whole('head_dim', default=embed // heads)
     return Attention(kv_heads=kv_heads, query_heads=heads // kv_heads, head_dim=head_dim, **kwargs)
 

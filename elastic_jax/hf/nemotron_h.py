@@ -98,6 +98,8 @@ def _pattern(config: Config) -> str:
         if unknown:
             raise UserError(f'{config.where}: unknown layer {unknown[0]!r} in layers_block_type; known: {sorted(LETTER_OF_TYPE)}')
         pattern = ''.join(LETTER_OF_TYPE[kind] for kind in types)
+    if not isinstance(pattern, str):
+        raise UserError(f'{config.where}: hybrid_override_pattern={pattern!r} is no text such as ME*-; restore it')
     layers = config.whole('num_hidden_layers', default=len(pattern))
     if layers != len(pattern):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elastic_jax.arch import MLP, Arch, Attention, MoE
+from elastic_jax.errors import UserError
 from elastic_jax.hf.config_json import Config
 from elastic_jax.hf.family import Family, common_mixer, kept_pattern, refuse
 from elastic_jax.hf.llama import ATTENTION_TENSORS, MLP_TENSORS, REPLACED, TOP_TENSORS, mlp_width, shared_arch, shared_config
@@ -22,6 +23,9 @@ MOE_TENSORS = {
 def to_arch(config: Config) -> Arch:
     config.only('use_sliding_window', False, what='sliding-window attention')
     every, dense = config.whole('decoder_sparse_step', default=1), config.value('mlp_only_layers', default=[])
+    if every < 1 or not isinstance(dense, list):
+        found = f'decoder_sparse_step={every} and mlp_only_layers={dense!r}'
+        raise UserError(f'{config.where}: {found} must be a number, at least 1, and a list of layers; restore them')
     experts = config.whole('num_experts', 'num_local_experts', default=128)
     is_moe = [i not in dense and experts > 0 and (i + 1) % every == 0 for i in range(config.whole('num_hidden_layers'))]
     moe = MoE(

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from transformers import LlamaConfig
 
 from elastic_jax.cost import active_parameters, parameters
 from elastic_jax.errors import UserError
+from elastic_jax.hf.config_json import Config
+from elastic_jax.hf.families import FAMILIES
 from elastic_jax.hf.folder import read_arch
 from tests.hf.oracle import CASES, make_model, torch_logits
 from tests.hf.ours import TOKENS_2x37, assert_close, load_params, our_logits
+from tests.tiny import LLAMA, QWEN_MOE
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -68,7 +72,27 @@ CONFIG_FAULTS = {
     'another width': ({'intermediate_size': 40}, '[48, 32], config.json means [40, 32]'),
     'another pattern': ({'hybrid_override_pattern': 'ME*-M', 'num_hidden_layers': 9}, 'num_hidden_layers=9'),
     'wrong groups': ({'n_groups': 3}, '3 groups'),
+    'no groups': ({'n_groups': 0}, 'groups@0=0 must be at least 1'),
+    'no heads': ({'num_attention_heads': 0}, 'num_attention_heads=0'),
+    'pattern that is no text': ({'hybrid_override_pattern': 5}, 'hybrid_override_pattern=5 is no text'),
 }
+
+
+@pytest.mark.parametrize('entries', [{'decoder_sparse_step': 0}, {'mlp_only_layers': 3}], ids=str)
+def test_which_layers_have_experts_must_be_said(entries):
+    described = FAMILIES['qwen3_moe'].to_config(QWEN_MOE)
+    (name,) = entries
+    with pytest.raises(UserError, match=f'{name}={entries[name]}'):
+        FAMILIES['qwen3_moe'].to_arch(Config(described | entries))
+
+
+def test_of_two_rotary_embeddings_transformers_takes_the_older_one():
+    linear = {'rope_type': 'linear', 'factor': 2.0}
+    described = FAMILIES['llama'].to_config(LLAMA)
+    assert LlamaConfig(**described, rope_scaling=dict(linear)).rope_parameters == linear | {'rope_theta': 500000.0}
+    with pytest.raises(UserError, match="rope_scaling: rope_type='linear' is not supported"):
+        FAMILIES['llama'].to_arch(Config(described | {'rope_scaling': linear}))
+    assert FAMILIES['llama'].to_arch(Config(described | {'rope_scaling': {}})) == LLAMA
 
 
 @pytest.mark.parametrize('fault', CONFIG_FAULTS)
