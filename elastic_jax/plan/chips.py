@@ -16,8 +16,10 @@ from elastic_jax.errors import UserError
 
 GIB = 2**30
 # Memory of one device of each family, in GiB (cloud.google.com/tpu/docs; v5p and v6e as the compiler counts it). A device is a
-# chip, but for v2, v3, v4 and tpu7x half of one.
-HBM_GIB = {'v2': 8, 'v3': 16, 'v4': 16, 'v5e': 16, 'v5p': 95, 'v6e': 32, 'tpu7x': 96}
+# chip, but for v2, v3 and tpu7x half of one.
+HBM_GIB = {'v2': 8, 'v3': 16, 'v4': 32, 'v5e': 16, 'v5p': 95, 'v6e': 32, 'tpu7x': 96}
+# Of v4 the compiler has two devices in a chip, unless it is told to join them, as JAX on a v4 does.
+JOINED = {'v4': {'chip_config_name': 'megacore'}}
 EXAMPLES = ('v4:4x4x4', 'v5e:4x4', 'v5e:16x16', 'v5p:4x4x4', 'v5p:8x8x4', 'v6e:16x16', 'tpu7x:4x4x4')
 
 # Several compilers may run at once; nobody is asked what machine this is; what is not an error is not printed.
@@ -66,7 +68,7 @@ def topology_devices(name: str) -> Topology:
         os.environ['XLA_FLAGS'] = ' '.join(flag for flag in flags if not flag.startswith(('--xla_cpu_', '--xla_gpu_')))
     jax.config.update('jax_platforms', 'cpu')
     try:
-        found = topologies.get_topology_desc(platform='tpu', topology_name=name)
+        found = topologies.get_topology_desc(platform='tpu', topology_name=name, **JOINED.get(family, {}))
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())[:160]
         raise UserError(
