@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from elastic_jax.plan.table import show
 
     config = load_config(arguments.config, arguments.overrides)
-    only = arguments.programs.split(',') if arguments.programs else ()
+    only = [name.strip() for name in arguments.programs.split(',')] if arguments.programs else ()
     say = lambda line: print(line, file=sys.stderr, flush=True)
     planned = plan_run(config, arguments.topology, only, say)
     print(json.dumps(planned.to_json()) if arguments.json else show(planned))

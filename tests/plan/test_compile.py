@@ -34,6 +34,8 @@ def elastic_plan(*arguments):
 def test_a_topology_has_its_devices():
     assert len(topology_devices('v5p:2x2x1').devices) == 4
     assert len(topology_devices('v6e:2x2').devices) == 4
+    v4 = topology_devices('v4:2x2x1')
+    assert (len(v4.devices), v4.hbm_bytes) == (4, 32 * GIB)
 
 
 def test_flags_of_other_platforms_are_kept_from_the_tpu_compiler(monkeypatch):
@@ -49,7 +51,10 @@ def test_flags_of_other_platforms_are_kept_from_the_tpu_compiler(monkeypatch):
     [
         (('--topology', 'v5q:2x2x1'), 'unknown topology'),
         (('--topology', 'v5p:2x2x1'), 'config.mesh'),
-        (('--topology', 'v5p:2x2x1', '--config.mesh.fsdp=4', '--programs', 'shart'), "did you mean 'short'"),
+        (
+            ('--topology', 'v5p:2x2x1', '--config.mesh.fsdp=4', '--programs', 'short, shart'),
+            "unknown program 'shart'; did you mean 'short'",
+        ),
         (('--topology', 'v5p:2x2x1', '--config.mesh.fsdq=4'), 'unknown config key'),
     ],
 )

@@ -61,6 +61,8 @@ def test_only_what_the_run_itself_needs_decides_whether_it_fits():
     full = dataclasses.replace(STEP, fits=False, cycles=None, relayout_cycles=None, matmul_flops=None, collectives=None)
     assert planned(Row('short', 1.0, STEP), Row('short/masks', 1.0, full)).fits
     assert not planned(Row('short', 1.0, full)).fits
+    assert not planned(Row('short/masks', 1.0, full)).fits  # nothing else was asked for
+    assert not planned(Row('short/masks', 1.0, None, 'no such run')).fits
     shown = show(planned(Row('short', 1.0, full), changes=['short: take config.remat=True']))
     assert shown.splitlines()[-2:] == ['does not fit', '  short: take config.remat=True']
     assert 'NO' in shown
