@@ -8,11 +8,13 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -43,6 +45,7 @@ from elastic_jax.nest.relayout import rank_order
 
 LeafReader = Callable[[str, str, Index], np.ndarray]
 Edge = Callable[[str, str, int], int]
+DtypeOf = Callable[[str, str], np.dtype]
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
 PART_BYTES = 1 << 25  # of a leaf that is read at a time
 AHEAD = 2  # parts that are read before they are needed
@@ -67,9 +70,10 @@ def export_folder(
     edge: Edge = lambda group, name, axis: 1,
     layout: Layout = FLAT,
     dtype: str = 'bfloat16',
+    dtype_of: DtypeOf | None = None,
     hf_config: Mapping[str, Any] | None = None,
     tokenizer_folder: str | os.PathLike[str] | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     card: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
@@ -80,15 +84,16 @@ def export_folder(
     Args:
       arch: of the slice; its dropped blocks are left out. leaf_reader: (group, name, index) -> the part of the slice's leaf in
         `layout`. edge: (group, name, axis) -> of the chunks that it is stored in.
+      dtype: what config.json names. dtype_of: (group, name) -> that of a leaf in the files (default: `dtype`).
       hf_config: config.json of the imported parent; what the slice does not change is kept from it.
-      eos_token_id: end of text, where there is no `hf_config` to name it.
+      eos_token_id: what ends a text, where there is no `hf_config` to name it.
       card: facts for the model card (see `card.model_card`).
     Raises: UserError when the family cannot hold the slice (offering the nearest it can) or `out` is not empty; WorkError
       when the disk is full.
     """
     if dtype not in DTYPES:
         raise UserError(f'dtype {dtype!r} is not supported; take one of {", ".join(DTYPES)}')
-    out = Path(out)
+    out = Path(out).resolve()  # '.' and 'x/..' have no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists and is not an empty folder; take another --out')
     family = family_for(arch, hf_config)
@@ -98,7 +103,8 @@ def export_folder(
     partial = out.with_name(f'{out.name}.partial-{os.getpid()}')
     try:
         partial.mkdir(parents=True)
-        _write_tensors(partial, tensors, arch, leaf_reader, edge, layout, DTYPES[dtype], max_shard_bytes)
+        own = dtype_of or (lambda group, name: DTYPES[dtype])
+        _write_tensors(partial, tensors, arch, leaf_reader, edge, layout, own, max_shard_bytes)
         _write_json(partial / 'config.json', config)
         generation = {key: config.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
         _write_json(partial / 'generation_config.json', {key: value for key, value in generation.items() if value is not None})
@@ -119,7 +125,12 @@ def export_folder(
 
 
 def _config(
-    arch: Arch, entries: dict[str, Any], family: Any, dtype: str, parent: Mapping[str, Any] | None, eos_token_id: int | None
+    arch: Arch,
+    entries: dict[str, Any],
+    family: Any,
+    dtype: str,
+    parent: Mapping[str, Any] | None,
+    eos_token_id: int | Sequence[int] | None,
 ) -> dict[str, Any]:
     if parent and parent.get('model_type') == family.model_type:
         kept = {key: value for key, value in parent.items() if key not in (*NOT_KEPT, *family.replaced)}
@@ -149,12 +160,11 @@ def _write_tensors(
     leaf_reader: LeafReader,
     edge: Edge,
     layout: Layout,
-    dtype: np.dtype,
+    dtype_of: DtypeOf,
     max_shard_bytes: int,
 ) -> None:
     table = param_table(arch, layout)
-    own_dtype = lambda tensor: _file_dtype(table[tensor.pieces[0].group][tensor.pieces[0].leaf], dtype)
-    specs = [(tensor, own_dtype(tensor)) for tensor in tensors]
+    specs = [(tensor, _file_dtype(tensor, table, dtype_of)) for tensor in tensors]
     shards, sizes = [[]], [0]
     for tensor, tensor_dtype in specs:
         size = math.prod(tensor.shape) * tensor_dtype.itemsize
@@ -178,8 +188,11 @@ def _write_tensors(
         _write_json(folder / INDEX, {'metadata': {'total_size': sum(sizes)}, 'weight_map': weight_map})
 
 
-def _file_dtype(param: Param, dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float32) if param.float32 else dtype
+def _file_dtype(tensor: HFTensor, table: Table, dtype_of: DtypeOf) -> np.dtype:
+    """The one that holds all that the leaves of its pieces do."""
+    leaves = [(piece.group, piece.leaf) for piece in tensor.pieces]
+    own = [np.dtype(np.float32) if table[group][leaf].float32 else dtype_of(group, leaf) for group, leaf in leaves]
+    return reduce(jnp.promote_types, own)
 
 
 def _parts(tensor: HFTensor, arch: Arch, table: Table, edge: Edge) -> Iterator[_Part]:

@@ -85,6 +85,8 @@ class ModelFolder:
                 )
             if info.dtype.kind in 'iub' or info.dtype.itemsize == 1:
                 raise UserError(f'{file.path}: {tensor.name} is {info.dtype}, a quantised tensor; import an unquantised model')
+            if info.dtype.itemsize > 4:
+                raise UserError(f'{file.path}: {tensor.name} is {info.dtype}; convert it to float32, which is the widest here')
 
     def _harmless(self, name: str, tied: bool) -> bool:
         """Old files store the rotary frequencies, and a tied unembedding beside the embedding that it equals."""

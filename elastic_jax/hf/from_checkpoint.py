@@ -11,8 +11,8 @@ from etils import epath
 from elastic_jax.arch import Arch
 from elastic_jax.checkpoint.leaf_reader import LeafReader
 from elastic_jax.checkpoint.manifest import Manifest
-from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files
-from elastic_jax.data.tokenizers import ByteTokenizer
+from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files, tokenizer_folder
+from elastic_jax.data.tokenizers import load_tokenizer
 from elastic_jax.hf.export import export_folder
 
 
@@ -34,8 +34,6 @@ def export_checkpoint(
     """
     manifest = read_manifest(checkpoint)
     read = LeafReader(checkpoint, child)
-    config = manifest.hf_config
-    tokenizer = tokenizer_files(checkpoint, manifest)
     return export_folder(
         out,
         child,
@@ -43,12 +41,20 @@ def export_checkpoint(
         edge=read.edge,
         layout=manifest.layout,
         dtype=dtype or str(read.dtype('embedding', 'table')),
-        hf_config=config,
-        tokenizer_folder=tokenizer,
-        eos_token_id=None if tokenizer else ByteTokenizer.eos_id,
+        dtype_of=None if dtype else read.dtype,
+        hf_config=manifest.hf_config,
+        tokenizer_folder=tokenizer_files(checkpoint, manifest),
+        eos_token_id=None if manifest.hf_config else _ends(checkpoint, manifest),
         card=_facts(manifest, budget),
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def _ends(checkpoint: epath.PathLike, manifest: Manifest) -> int | list[int]:
+    """What ends a text of a model that no config.json came with, as config.json has it: one token, or several."""
+    folder = tokenizer_folder(checkpoint, manifest)
+    ids = load_tokenizer(os.fspath(folder) if folder else 'bytes').stop_ids
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _facts(manifest: Manifest, budget: str | None) -> dict[str, Any]:

@@ -74,8 +74,10 @@ def test_slice_of_an_import_is_the_same_model_in_transformers(imported, tmp_path
     assert json.loads((out / 'generation_config.json').read_text()) == {'temperature': 0.6}
 
 
-def test_bfloat16_parent_stays_bfloat16_and_comes_back_unchanged(tmp_path):
-    make_model('qwen3_moe', tmp_path / 'model').to(torch.bfloat16).save_pretrained(tmp_path / 'half')
+def test_bfloat16_parent_with_a_float32_norm_comes_back_unchanged(tmp_path):
+    model = make_model('qwen3_moe', tmp_path / 'model').to(torch.bfloat16)
+    model.model.norm.weight.data = torch.linspace(0.5, 1.5, len(model.model.norm.weight))
+    model.save_pretrained(tmp_path / 'half')
     arch = import_checkpoint(tmp_path / 'half', tmp_path / 'work')
     stored = restore_slice(tmp_path / 'work', arch)
     assert stored['layer_000']['q'].dtype == ml_dtypes.bfloat16 and stored['layer_001']['router'].dtype == np.float32

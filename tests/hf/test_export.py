@@ -208,9 +208,12 @@ def test_model_that_no_family_holds_is_refused_with_the_reason(name, tmp_path):
         export(tmp_path / 'out', random_params(arch), arch)
 
 
-def test_export_never_overwrites_and_leaves_nothing_half_written(tmp_path):
+def test_export_never_overwrites_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     params = random_params(LLAMA)
-    out = export(tmp_path / 'out', params, LLAMA)
+    (tmp_path / 'out').mkdir()
+    monkeypatch.chdir(tmp_path / 'out')
+    out = export('.', params, LLAMA)
+    assert out == tmp_path / 'out'
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match='not an empty folder'):
         export(out, params, LLAMA)

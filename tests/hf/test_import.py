@@ -108,6 +108,8 @@ def test_missing_extra_and_quantised_tensors_are_named(damaged):
     assert 'lacks backbone.layers.1.mixer.experts.3.up_proj.weight' in refused(damaged)
     rewrite(damaged, lambda t: t.update({'backbone.layers.1.mixer.experts.3.up_proj.weight': np.ones((16, 32), np.int8)}))
     assert 'quantised' in refused(damaged)
+    rewrite(damaged, lambda t: t.update({'backbone.layers.1.mixer.experts.3.up_proj.weight': np.ones((16, 32), np.float64)}))
+    assert 'is float64; convert it to float32' in refused(damaged)
     rewrite(damaged, lambda tensors: tensors.update({'backbone.layers.9.norm.weight': np.ones(32, np.float32)}))
     assert 'unexpected backbone.layers.9.norm.weight' in refused(damaged)
     rewrite(damaged, lambda tensors: tensors.update({'mtp.layers.0.norm.weight': np.ones(32, np.float32)}))

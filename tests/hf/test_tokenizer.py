@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -85,6 +86,11 @@ def test_tokens_that_end_the_parents_answers_end_those_of_its_slices_and_are_wri
     assert sliced.tokenizer.stop_ids == (0, 7)
     generation = json.loads((Path(sliced.export('full', tmp_path / 'out')) / 'generation_config.json').read_text())
     assert generation == {'eos_token_id': [0, 7], 'temperature': 0.6}
+    scratch = Path(shutil.copytree(imported, tmp_path / 'scratch'))  # of a run that had no config.json to begin with
+    manifest = dataclasses.replace(checkpoint.manifest, hf_config=None)
+    (scratch / 'checkpoints' / '0' / 'manifest' / 'metadata').write_text(json.dumps(manifest.to_json()))
+    folder = Path(open_checkpoint(scratch).export('full', tmp_path / 'of_scratch'))
+    assert json.loads((folder / 'config.json').read_text())['eos_token_id'] == [0, 7]
 
 
 def test_files_of_a_tokenizer_that_is_not_read_here_go_along_everywhere(tmp_path, monkeypatch):
