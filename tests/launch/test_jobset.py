@@ -6,6 +6,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from elastic_jax.errors import UserError
 from tests.launch.cloud import LAUNCH, Cloud
 
 RUN = ('run', '--name', 'star', '--image', 'registry/elastic:1', '--bucket', 'b')
@@ -20,7 +21,12 @@ def check(manifest):
     job = slices['template']['spec']
     assert job['parallelism'] == job['completions']
     assert job['backoffLimit'] == 0  # a lost host fails its Job at once, and with it the set
+    # Wrong arguments fail it for a reason of their own, which is no reason to start again.
+    (refused,), (ended,) = job['podFailurePolicy']['rules'], manifest['spec']['failurePolicy']['rules']
+    assert (refused['action'], refused['onExitCodes']) == ('FailJob', {'operator': 'In', 'values': [UserError.status]})
+    assert (ended['action'], ended['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
     pod = job['template']['spec']
+    assert pod['restartPolicy'] == 'Never'  # else Kubernetes refuses a podFailurePolicy
     chips = pod['containers'][0]['resources']['limits']['google.com/tpu']
     topology = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
     assert job['parallelism'] * chips == math.prod(map(int, topology.split('x')))

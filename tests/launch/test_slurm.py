@@ -19,6 +19,8 @@ SAID = 'elastic: stopped at step 3 of 9, saved; run the same command to go on\n'
         ('killed\n', 137, 4, True),
         ('killed\n', 137, 10, False),
         ('elastic: unknown config key\n', 2, 0, False),
+        ('srun: error: node-2: tasks 8-15: Exited with exit code 2\n', 143, 0, False),  # the others were killed
+        ('srun: error: node-2: task 8: Exited with exit code 21\n', 143, 0, True),
     ],
 )
 def test_what_is_not_finished_goes_back_into_the_queue(said, code, restarts, requeued, tmp_path):
