@@ -77,13 +77,18 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
         # Before argparse, which would rather complain of what is missing than of what is misspelt.
-        known = [flag for action in _all_actions(self, argv) for flag in action.option_strings]
-        for argument in argv:
-            flag = argument.partition('=')[0]
+        known = {flag: action for action in _all_actions(self, argv) for flag in action.option_strings}
+        waiting = iter(argv)
+        for argument in waiting:
+            flag, equals, _ = argument.partition('=')
+            if argument == '--':
+                break
             if flag.startswith('--') and flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
                 hint = f'; did you mean {near[0]}?' if near else ''
                 self.error(f'unknown flag {flag}{hint}')
+            if flag in known and known[flag].nargs != 0 and not equals:
+                next(waiting, None)  # its value, which may begin with dashes as well
         return self.parse_args(argv)
 
 

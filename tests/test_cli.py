@@ -115,6 +115,7 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
     ('argv', 'message'),
     [
         (('inspect', '--checkpoint', '/no/such/place'), '/no/such/place does not exist'),
+        (('inspect', '--checkpoint', 'README.md'), 'README.md is a file; give a workdir'),
         (('inspekt',), "unknown verb 'inspekt'; did you mean 'inspect'"),
         (('inspect', '--checkpoint', 'RUN', '--config.seed=1'), 'inspect takes no config'),
         (('train', '--confg=x'), 'did you mean --config'),
@@ -125,6 +126,8 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
         (('slice', '--checkpoint', 'RUN', '--widths', 'emned=8', '--out', 'x'), "unknown axis 'emned'; did you mean 'embed'"),
         (('eval', '--checkpoint', 'RUN', '--data', '/no/file.txt'), '/no/file.txt cannot be read'),
         (('generate', '--checkpoint', 'RUN', '--prompt', ''), 'a prompt is empty'),
+        (('generate', '--checkpoint', '/no', '--prompt', '-- a comment'), '/no does not exist'),
+        (('generate', '--checkpoint', '/no', '--budget', '--prompt', 'a'), 'argument --budget: expected one argument'),
         (('generate', '--checkpoint', 'RUN', '--prompt', 'a', '--temperature', '-1'), 'temperature=-1.0 must be at least 0'),
         (('report', '--workdir', '/tmp'), '/tmp'),
         (('train',), 'required: --config, --workdir'),
