@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_jax.arch import Arch
 from elastic_jax.cost import active_parameters, parameters
-
-MODEL_ID = re.compile(r'[\w.-]+/[\w.-]+')
+from elastic_jax.hf.hub import MODEL_ID
 
 
 def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any]) -> str:
@@ -18,13 +16,14 @@ def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any])
     `card` may hold `parent` (name or hub id), `budget`, `metrics` (name -> value), `step`, `license`; the rest is derived.
     """
     front = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'tags': '[elastic, nested]'}
-    if MODEL_ID.fullmatch(card.get('parent') or ''):
-        front['base_model'] = card['parent']
+    parent = card.get('parent') or ''
+    if '/' in parent and MODEL_ID.fullmatch(parent):  # without one it is a folder's name
+        front['base_model'] = parent
     if card.get('license'):
         front['license'] = card['license']
     budget = card.get('budget')
     facts = {
-        'parent': card.get('parent') or 'trained from scratch',
+        'parent': parent or 'trained from scratch',
         'budget': budget or 'widths given by hand',
         'step': card.get('step'),
         'parameters': f'{parameters(arch):,.0f}',
@@ -35,7 +34,7 @@ def model_card(arch: Arch, model_type: str, dtype: str, card: Mapping[str, Any])
     }
     sections = [
         '---\n' + '\n'.join(f'{key}: {value}' for key, value in front.items()) + '\n---',
-        f'# {card.get("parent") or "Elastic model"}, {budget or "custom"} slice',
+        f'# {parent or "Elastic model"}, {budget or "custom"} slice',
         'This model is one slice of an elastic checkpoint of elastic_jax: the leading units of every axis of its parent, cut '
         'out with no further training. In the pattern, `M` is Mamba-2, `*` attention, `-` an MLP, `E` a mixture of experts, and '
         '`.` a dropped block.',
