@@ -114,7 +114,7 @@ def _kubernetes() -> Platform:
     except ImportError as error:
         raise UserError(
             'this pod belongs to an indexed Kubernetes job of unknown size: set ELASTIC_COORDINATOR, ELASTIC_PROCESSES and '
-            'ELASTIC_PROCESS_ID as launch/jobset.yaml shows (a single pod: ELASTIC_PROCESSES=1), or pip install "jax[k8s]"'
+            'ELASTIC_PROCESS_ID as launch/README.md says (a single pod: ELASTIC_PROCESSES=1), or pip install "jax[k8s]"'
         ) from error
     return Platform('the Kubernetes job of this pod', {})
 
