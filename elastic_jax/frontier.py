@@ -22,7 +22,7 @@ from elastic_jax.api import Checkpoint
 from elastic_jax.arch import Arch, unknown_name
 from elastic_jax.checkpoint.restore import restore_slice
 from elastic_jax.checkpoint.tree_reader import read_tree
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, WorkError
 from elastic_jax.evaluate.frontier_files import COSTS, Frontier, FrontierRow
 from elastic_jax.evaluate.masked import evaluate_masked
 from elastic_jax.evaluate.perplexity import evaluate
@@ -242,7 +242,9 @@ def _router(checkpoint: Checkpoint, grid: Grid, trained: Mapping[str, Arch], poo
 
 
 def _chosen(best: Sequence[Candidate], points: int) -> list[Candidate]:
-    """At most `points` of the frontier, evenly over its costs, both ends among them."""
+    """At most `points` of the frontier, evenly over its costs, both ends among them. Raises WorkError where there is none."""
+    if not best:
+        raise WorkError('no size scores a finite number of bits on the text: the parameters are damaged; use another checkpoint')
     low, high = best[0].cost, best[-1].cost
     aims = [low + (high - low) * n / max(1, points - 1) for n in range(points)]
     return list(dict.fromkeys(min(best, key=lambda one: abs(one.cost - aim)) for aim in aims))

@@ -8,6 +8,8 @@ import pytest
 import elastic_jax
 from elastic_jax import cost
 from elastic_jax.arch import parse_widths
+from elastic_jax.errors import WorkError
+from elastic_jax.frontier import _chosen
 from tests.test_cli import run
 
 TINY = ('--points', 2, '--evaluations', 8, '--context', 32, '--batches', 1)
@@ -47,6 +49,11 @@ def test_the_frontier_is_written_and_its_widths_slice(capsys, finished_run, tmp_
     assert score['bits_per_byte'] == pytest.approx(float(between['bits_per_byte']), rel=1e-5)
     assert f'slice --checkpoint {opened.path}' in table and 'bits/byte' in table
     assert ('measured over predicted: median' in table) == bool(flags)
+
+
+def test_a_checkpoint_of_which_no_size_scores_is_said():
+    with pytest.raises(WorkError, match='no size scores a finite number'):
+        _chosen([], points=3)
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,10 @@ class Manifest:
         return {'format_version': FORMAT_VERSION, **plain, 'digest': _digest(plain)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> Manifest:
+    def from_json(cls, data: Any, where: str) -> Manifest:
         """The manifest that `to_json` wrote. Raises UserError when it is of a later format, damaged or edited."""
+        if not isinstance(data, Mapping):
+            raise UserError(f'{where} holds {str(data)[:40]}, not an object; restore it, or use another checkpoint')
         data = dict(data)
         version, digest = data.pop('format_version', None), data.pop('digest', None)
         if version != FORMAT_VERSION:

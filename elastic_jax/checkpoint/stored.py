@@ -16,6 +16,8 @@ def step_directory(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path).resolve()  # Orbax wants absolute paths
     if not path.exists():
         raise UserError(f'{path} does not exist; give a workdir of elastic train, or one step of its checkpoints')
+    if path.is_file():
+        raise UserError(f'{path} is a file; give a workdir of elastic train, or one step of its checkpoints')
     if (path / 'params').exists() or (path / 'manifest').exists():
         return path
     root = path / 'checkpoints' if (path / 'checkpoints').exists() else path

@@ -93,8 +93,10 @@ def test_a_manifest_comes_back_and_its_budgets_keep_their_order(saved):
         (lambda text: text.replace('"format_version": 2', '"format_version": 9'), 'format version 9.*update'),
         (lambda text: text.replace('"format_version": 2', '"format_version": 1'), 'format version 1.*write it again'),
         (lambda text: None, 'has no manifest'),
+        (lambda text: 'null', 'holds None, not an object'),
+        (lambda text: '3', 'holds 3, not an object'),
     ],
-    ids=['edited', 'truncated', 'later', 'earlier', 'gone'],
+    ids=['edited', 'truncated', 'later', 'earlier', 'gone', 'null', 'number'],
 )
 def test_a_damaged_manifest_is_said(saved, tmp_path, damage, message):
     shutil.copytree(saved[0], tmp_path / 'copy')
