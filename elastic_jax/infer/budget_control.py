@@ -17,7 +17,7 @@ from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.infer.clock import Clock
 from elastic_jax.infer.decoding import PIECE, Decoding, Requests, requests_of
-from elastic_jax.infer.generate import GREEDY, encode_prompts, per_prompt, seeds_of
+from elastic_jax.infer.generate import GREEDY, check_count, encode_prompts, per_prompt, seeds_of
 from elastic_jax.infer.handover import FILLS, hand_over
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
@@ -47,8 +47,7 @@ class Control:
 
     def __post_init__(self) -> None:
         for name in ('thinking_tokens', 'max_tokens'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+            check_count(name, getattr(self, name))
         for name, known in (('switch', SWITCHES), ('fill', FILLS)):
             if getattr(self, name) not in known:
                 raise UserError(f'{name}={getattr(self, name)!r} is unknown; give one of {", ".join(known)}')

@@ -14,6 +14,8 @@ from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.text import Completion, check_stop, complete
 
 GREEDY = Sampling()
+# More than any model's context, and few enough that what is asked for together is counted in an int32.
+MOST_TOKENS = 2**28
 
 
 def stream(
@@ -30,11 +32,10 @@ def stream(
     Args:
       sampling: one for all prompts, or one for each. seeds: one for each prompt, or that of the first, which the others follow.
       stop: strings before which a text is cut.
-    Raises: UserError for an empty prompt or stop string, or max_tokens < 1.
+    Raises: UserError for an empty prompt or stop string, or max_tokens out of bounds.
     """
     encoded = encode_prompts(tokenizer, prompts)
-    if max_tokens < 1:
-        raise UserError(f'max_tokens={max_tokens} must be at least 1')
+    check_count('max_tokens', max_tokens)
     stop = check_stop(stop)
     requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
     longest = max(map(len, encoded))
@@ -80,6 +81,14 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndar
     if not encoded or min(map(len, encoded)) == 0:
         raise UserError('a prompt is empty; give at least one character')
     return encoded
+
+
+def check_count(name: str, count: int, most: int = MOST_TOKENS) -> None:
+    """Raises UserError for a number of tokens that is below 1 or above `most`."""
+    if count < 1:
+        raise UserError(f'{name}={count} must be at least 1')
+    if count > most:
+        raise UserError(f'{name}={count} must be at most {most}')
 
 
 def per_prompt(sampling: Sampling | Sequence[Sampling], prompts: Sequence[str]) -> list[Sampling]:

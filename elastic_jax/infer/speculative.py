@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_jax.data.tokenizers import Tokenizer
-from elastic_jax.errors import UserError
 from elastic_jax.infer.decoding import Decoding, Requests, ends, mark_seen, requests_of, token_keys
-from elastic_jax.infer.generate import GREEDY, encode_prompts, per_prompt, seeds_of
+from elastic_jax.infer.generate import GREEDY, check_count, encode_prompts, per_prompt, seeds_of
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, token_probabilities
 from elastic_jax.infer.text import Completion, check_stop, complete
@@ -31,6 +30,7 @@ from elastic_jax.model.cache import Cache, cached_hidden_states, recurrent_block
 from elastic_jax.model.decoder import unembedding
 
 ROUNDS = 4
+MOST_DRAFTS = 64  # each is a pass of its own in the program of a round
 
 
 class Speculation(NamedTuple):
@@ -236,9 +236,8 @@ def stream_speculative(
       drafts: how many tokens the small size drafts in a round; the others as of `generate.stream`.
     """
     encoded, stop = encode_prompts(tokenizer, prompts), check_stop(stop)
-    for name, value in (('max_tokens', max_tokens), ('drafts', drafts)):
-        if value < 1:
-            raise UserError(f'{name}={value} must be at least 1')
+    check_count('max_tokens', max_tokens)
+    check_count('drafts', drafts, MOST_DRAFTS)
     requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
     capacity, limits = max(map(len, encoded)) + max_tokens + drafts + 1, [max_tokens] * len(prompts)
     pair = [Decoding(weights, requests, capacity, limits) for weights in (large, small)]

@@ -69,9 +69,9 @@ class Service:
 
     def jobs(self, body: Common, prompts: list[Any], max_tokens: int, stop: tuple[str, ...]) -> list[Job]:
         """`body.n` jobs for every prompt, each with a seed of its own."""
-        for name in filter(None, (body.answers, body.think)):
-            if name not in self.budgets:
-                raise Refused(404, unknown_name('model', name, list(self.budgets)), param='model', code='model_not_found')
+        for field, name in (('model', body.model), ('answer', body.answer), ('think', body.think)):
+            if name is not None and name not in self.budgets:
+                raise Refused(404, unknown_name('model', name, list(self.budgets)), param=field, code='model_not_found')
         limits, wanted = self.runner.engine.limits, len(prompts) * body.n
         if wanted > limits.slots + limits.queue:
             # At no time would there be room for it: to try again later would not help.
@@ -122,8 +122,9 @@ class Service:
         except ValueError as error:
             raise UserError(f'messages: {error}') from error
         # Without a limit, an answer may be as long as there is room.
-        room = self.runner.engine.limits.context - len(self.encode(prompt, body.opening if body.think else ''))
-        if body.think:
+        thinks = body.think is not None
+        room = self.runner.engine.limits.context - len(self.encode(prompt, body.opening if thinks else ''))
+        if thinks:
             room -= body.thinking_tokens + 2 * len(self.encode(body.closing))
         return await self._answer(request, body, True, [prompt], body.limit(max(room, 1)), (*(body.stop or ()), *self.turn_end))
 

@@ -74,6 +74,11 @@ class Job:
     think: str | None = None
     control: Control | None = None
 
+    @property
+    def first(self) -> str:
+        """The size that draws first, in whose queue it is counted until it has ended."""
+        return self.budget if self.think is None else self.think
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -157,11 +162,11 @@ class Engine:
 
         Raises: UserError for a size that is not there, and for more tokens than a slot holds.
         """
-        first = job.think or job.budget
+        first, thinks = job.first, job.think is not None
         for name in (first, job.budget):
             self.sizes.arch(name)
         needed = len(job.tokens) + job.max_tokens
-        if job.think:
+        if thinks:
             assert job.control is not None
             closing = self.sizes.tokenizer.encode(job.control.closing)
             needed += job.control.thinking_tokens + 2 * len(closing)
@@ -173,7 +178,7 @@ class Engine:
                 f'{self.limits.context}; shorten the prompt, or lower max_tokens or thinking_tokens'
             )
         deadline = self._clock() + self.limits.seconds
-        request = Request(job, listener, deadline, first, list(job.tokens), job.think is not None)
+        request = Request(job, listener, deadline, first, list(job.tokens), thinks)
         with self._lock:
             if self._counts[first] >= self.limits.slots + self.limits.queue:
                 raise Overloaded(f'{first}: {self._counts[first]} requests are running or waiting already; try again later')
@@ -330,5 +335,5 @@ class Engine:
     def _end(self, request: Request, finish: str) -> None:
         self._leave(request)
         with self._lock:
-            self._counts[request.job.think or request.job.budget] -= 1
+            self._counts[request.job.first] -= 1
         self._tell(request, dataclasses.replace(request.progress, finish=finish))

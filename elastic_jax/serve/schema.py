@@ -46,8 +46,8 @@ class Common(BaseModel):
     # Ours.
     top_k: int = Field(0, ge=0)
     repetition_penalty: float = Field(1.0, gt=0)
-    think: str | None = None
-    answer: str | None = None
+    think: str | None = Field(None, min_length=1)
+    answer: str | None = Field(None, min_length=1)
     thinking_tokens: int = Field(256, ge=1)
     opening: str = '<think>'
     closing: str = Field('</think>', min_length=1)
@@ -71,7 +71,7 @@ class Common(BaseModel):
     @property
     def answers(self) -> str:
         """The size that answers."""
-        return self.answer or self.model
+        return self.model if self.answer is None else self.answer
 
     def control(self, max_tokens: int) -> Control | None:
         """How thinking is limited; None when nobody thinks."""

@@ -143,6 +143,7 @@ def nats(logits):
     ('options', 'message'),
     [
         ({'thinking_tokens': 0}, 'thinking_tokens=0 must be at least 1'),
+        ({'thinking_tokens': 2**31}, 'thinking_tokens=2147483648 must be at most 268435456'),
         ({'switch': 'swap'}, "switch='swap' is unknown; give one of recompute, hand-over"),
         ({'fill': 'ones'}, "fill='ones' is unknown"),
         ({'closing': ''}, 'the closing delimiter is empty'),

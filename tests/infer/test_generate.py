@@ -153,6 +153,7 @@ def test_other_requests_compile_nothing_new():
         ((['a', ''],), 'a prompt is empty'),
         ((['a\udcff'],), 'a prompt is no Unicode text'),
         ((['a'], 0), 'max_tokens=0 must be at least 1'),
+        ((['a'], 3_000_000_000), 'max_tokens=3000000000 must be at most 268435456'),
         ((['a'], 1, [WARM, WARM]), '2 samplings for 1 prompts'),
         ((['a'], 1, WARM, 'ab'), 'give a list of strings'),
         ((['a'], 1, WARM, ['']), 'a stop string is empty'),

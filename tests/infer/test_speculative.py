@@ -171,5 +171,6 @@ def test_after_refused_drafts_both_caches_hold_just_the_text():
 
 def test_mistakes_are_one_sentence():
     weights = random_weights(HYBRID)
-    with pytest.raises(UserError, match='drafts=0 must be at least 1'):
-        next(stream_speculative(weights, weights, LETTERS, ['a'], drafts=0))
+    for drafts, message in ((0, 'drafts=0 must be at least 1'), (65, 'drafts=65 must be at most 64')):
+        with pytest.raises(UserError, match=message):
+            next(stream_speculative(weights, weights, LETTERS, ['a'], drafts=drafts))

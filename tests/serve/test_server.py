@@ -258,6 +258,11 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
     [
         ('completions', GOOD | {'model': 'ful'}, 404, "unknown model 'ful'; did you mean 'full'"),
         ('completions', GOOD | {'think': 'smal'}, 404, "unknown model 'smal'"),
+        ('completions', GOOD | {'model': 'gpt', 'answer': 'small'}, 404, "unknown model 'gpt'"),
+        ('completions', GOOD | {'think': ''}, 400, 'think: '),
+        ('completions', GOOD | {'answer': ''}, 400, 'answer: '),
+        ('completions', GOOD | {'think': 'small', 'thinking_tokens': 10**10}, 400, 'thinking_tokens=10000000000 must be at most'),
+        ('completions', GOOD | {'think': 'small', 'thinking_tokens': 10**6}, 400, 'a request may have 400'),
         ('completions', GOOD | {'think': 'small', 'switch': 'never'}, 400, "switch: Input should be 'recompute' or 'hand-over'"),
         ('completions', GOOD | {'think': 'small', 'entropy': -1}, 400, 'entropy: '),
         ('completions', GOOD | {'think': 'small', 'closing': ''}, 400, 'closing: '),
@@ -288,8 +293,10 @@ def test_bad_requests_get_the_standard_error_object(served, path, body, status, 
 
 
 def test_openai_raises_its_own_errors(client):
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(**GOOD | {'model': 'gpt'})
+    for field in ('model', 'think', 'answer'):
+        with pytest.raises(openai.NotFoundError) as raised:
+            client.completions.create(**GOOD, extra_body={field: 'gpt'})
+        assert raised.value.param == field
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**GOOD, extra_body={'top_k': -1})
 
