@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -69,10 +70,10 @@ class Resident:
         self.evictions = 0
         self._slices: OrderedDict[Arch, Any] = OrderedDict()
 
-    def weights(self, arch: Arch, evict: bool = True) -> Weights:
+    def weights(self, arch: Arch, beside: Collection[Arch] = ()) -> Weights:
         """A size to run; its slice is kept if it fits the limit. Raises UserError when `arch` does not nest.
 
-        evict: whether others may be let go of for it. Not where those are held and run all the time, as a server's are.
+        beside: sizes that are held while this one is. Their slices are not let go of: they would stay in memory, uncounted.
         """
         problem = arch.why_not_nested(self.arch)
         if problem:
@@ -80,10 +81,10 @@ class Resident:
         if arch == self.arch:
             return self._weights(self.params, self.arch, self.arch)
         if arch not in self._slices:
-            beside = () if evict else self._slices.values()
-            if self.limit_bytes is not None and self._kept_bytes([*beside, self._abstract(arch)]) > self.limit_bytes:
+            held = [params for other, params in self._slices.items() if other in beside]
+            if self.limit_bytes is not None and self._kept_bytes([*held, self._abstract(arch)]) > self.limit_bytes:
                 return self._weights(self.params, self.arch, arch)
-            self._make_room(arch)
+            self._make_room(arch, beside)
             self._slices[arch] = self._cut(arch)
         self._slices.move_to_end(arch)
         return self._weights(self._slices[arch], arch, arch)
@@ -119,11 +120,11 @@ class Resident:
         share = lambda group, leaves: {name: have.get((group, name, leaf.shape), leaf) for name, leaf in leaves.items()}
         return {group: share(group, leaves) for group, leaves in cut.items()}
 
-    def _make_room(self, arch: Arch) -> None:
-        while self.limit_bytes is not None and self._slices:
-            if self._kept_bytes([*self._slices.values(), self._abstract(arch)]) <= self.limit_bytes:
+    def _make_room(self, arch: Arch, beside: Collection[Arch]) -> None:
+        for oldest in [other for other in self._slices if other not in beside]:
+            if self.limit_bytes is None or self._kept_bytes([*self._slices.values(), self._abstract(arch)]) <= self.limit_bytes:
                 return
-            self._slices.popitem(last=False)
+            del self._slices[oldest]
             self.evictions += 1
 
     def _kept_bytes(self, slices: Any) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from elastic_jax.arch import Arch, unknown_name
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.infer.budget_control import Control, Thought, Timing, think_then_answer
-from elastic_jax.infer.generate import GREEDY, generate, stream
+from elastic_jax.infer.generate import GREEDY, generate
 from elastic_jax.infer.resident import Resident, Weights
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.speculative import Tally, generate_speculative
@@ -31,9 +31,9 @@ class Sizes:
             raise UserError(unknown_name('budget', budget, list(self.archs)))
         return self.archs[budget]
 
-    def weights(self, budget: str, evict: bool = True) -> Weights:
-        """What the programs of `infer` run for a size; `evict` as of `Resident.weights`. Raises UserError for an unknown one."""
-        return self.resident.weights(self.arch(budget), evict)
+    def weights(self, budget: str, beside: Collection[str] = ()) -> Weights:
+        """What the programs of `infer` run for a size while those `beside` it are held. Raises UserError for an unknown one."""
+        return self.resident.weights(self.arch(budget), [self.arch(name) for name in beside])
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the resident parameters and of the slices kept beside them; see `Resident.report`."""
@@ -51,18 +51,6 @@ class Sizes:
         """The continuations of all prompts by one size."""
         return generate(self.weights(budget), self.tokenizer, prompts, max_tokens, sampling, stop, seeds)
 
-    def stream(
-        self,
-        prompts: Sequence[str],
-        budget: str,
-        max_tokens: int = 128,
-        sampling: Sampling | Sequence[Sampling] = GREEDY,
-        stop: Sequence[str] = (),
-        seeds: Sequence[int] | int = 0,
-    ) -> Iterator[list[Completion]]:
-        """As `generate`, yielding the completions as they grow."""
-        return stream(self.weights(budget), self.tokenizer, prompts, max_tokens, sampling, stop, seeds)
-
     def think(
         self,
         prompts: Sequence[str],
@@ -74,7 +62,7 @@ class Sizes:
         seeds: Sequence[int] | int = 0,
     ) -> tuple[list[Thought], Timing]:
         """One size thinks, another answers."""
-        pair = self.weights(think), self.weights(answer)
+        pair = self.weights(think), self.weights(answer, [think])
         return think_then_answer(*pair, self.tokenizer, prompts, control, sampling, stop, seeds)
 
     def speculate(
@@ -89,6 +77,6 @@ class Sizes:
         seeds: Sequence[int] | int = 0,
     ) -> tuple[list[Completion], Tally]:
         """As `generate` with `budget`, whose tokens `draft` guesses ahead, `drafts` at a time."""
-        pair = self.weights(budget), self.weights(draft)
+        pair = self.weights(budget), self.weights(draft, [budget])
         options = {'drafts': drafts, 'max_tokens': max_tokens, 'sampling': sampling, 'stop': stop, 'seeds': seeds}
         return generate_speculative(*pair, self.tokenizer, prompts, **options)

@@ -154,7 +154,7 @@ class Engine:
         self._queues: dict[str, deque[Request]] = {name: deque() for name in self.sizes.archs}
         self._rows: dict[str, list[Request | None]] = {name: [None] * limits.slots for name in self.sizes.archs}
         # Held as long as the engine: a slice that was let go of for another would stay in memory, uncounted.
-        self._weights: dict[str, Weights] = {name: self.sizes.weights(name, evict=False) for name in self.sizes.archs}
+        self._weights: dict[str, Weights] = {name: self.sizes.weights(name, self.sizes.archs) for name in self.sizes.archs}
         self._lanes = {name: Lane(weights, limits.slots, limits.context, stop_ids) for name, weights in self._weights.items()}
 
     def submit(self, job: Job, listener: Listener) -> Request:

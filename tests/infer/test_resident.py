@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 
 from elastic_jax.errors import UserError
+from elastic_jax.infer import sizes as sizes_module
+from elastic_jax.infer.budget_control import Control
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.resident import Resident
 from elastic_jax.infer.sampling import Sampling
+from elastic_jax.infer.sizes import Sizes
 from elastic_jax.nest.slice import slice_params
 from tests.infer.tiny import HYBRID, LETTERS, budgets_of, random_weights
 
@@ -77,6 +80,21 @@ def test_a_slice_too_large_for_the_limit_is_not_kept():
     weights = sizes.weights(BUDGETS['mid'])
     assert weights.params is PARENT.params and weights.stored == HYBRID and weights.arch == BUDGETS['mid']
     assert sizes.report()['slices'] == 1 and sizes.report()['evictions'] == 0
+
+
+@pytest.mark.parametrize('verb', ['think', 'speculate'])
+def test_two_sizes_that_run_together_keep_to_the_limit_and_are_cut_once(monkeypatch, verb):
+    """Each fits, both do not: the second is cut within its programs, whatever was kept before."""
+    ran, program = [], {'think': 'think_then_answer', 'speculate': 'generate_speculative'}[verb]
+    monkeypatch.setattr(sizes_module, program, lambda one, other, *_, **__: ran.append((one, other)))
+    kept = resident(max(slice_bytes(BUDGETS[name]) for name in ('mid', 'small')))
+    sizes = Sizes(kept, BUDGETS, LETTERS)
+    sizes.weights('small')
+    for _ in range(3):
+        getattr(sizes, verb)(['a'], 'mid', 'small', *[Control()] * (verb == 'think'))
+    for mid, small in ran:
+        assert mid.stored == BUDGETS['mid'] and small.params is PARENT.params and small.arch == BUDGETS['small']
+    assert len(ran) == 3 and kept.report()['evictions'] == 1
 
 
 def test_mistakes_are_one_sentence():
