@@ -21,7 +21,17 @@ from elastic_jax.infer.generate import GREEDY, check_count, encode_prompts, per_
 from elastic_jax.infer.handover import FILLS, hand_over
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
-from elastic_jax.infer.text import Completion, check_stop, complete, first_end, first_stop, tokens_until
+from elastic_jax.infer.text import (
+    Completion,
+    Reader,
+    check_stop,
+    encode_within,
+    first_end,
+    first_stop,
+    settled,
+    text_after,
+    tokens_until,
+)
 
 SWITCHES = ('recompute', 'hand-over')
 
@@ -103,9 +113,8 @@ def think_then_answer(
     stop, clock = check_stop(stop), Clock()
     begun = [row.tolist() for row in encode_prompts(tokenizer, [f'{prompt}{control.opening}' for prompt in prompts])]
     requests = requests_of(per_prompt(sampling, prompts), seeds_of(seeds, prompts), tokenizer.stop_ids)
-    # Thoughts that end inside a token are written anew, which may take more tokens.
-    spare = PIECE + 2 * len(tokenizer.encode(control.closing))
-    capacity = max(map(len, begun)) + control.thinking_tokens + spare + control.max_tokens
+    closing = closing_of(control.closing, tokenizer)
+    capacity = max(map(len, begun)) + closing.room(control.thinking_tokens) + PIECE + control.max_tokens
     limits = [control.thinking_tokens] * len(prompts)
 
     limit = float('inf') if control.entropy is None else control.entropy
@@ -114,7 +123,7 @@ def think_then_answer(
     decoding.feed([row[:-1] for row in begun])
     decoding.mark(range(len(prompts)))
     decoding.feed([row[-1:] for row in begun])
-    thoughts = _think(decoding, begun, tokenizer, control)
+    thoughts = _think(decoding, begun, tokenizer, control.thinking_tokens, closing)
     first = [thought.drawn for thought in thoughts]
     thinking_seconds = clock.lap()
 
@@ -131,7 +140,7 @@ def think_then_answer(
     if not all(thought.closed for thought in thoughts):
         decoding.allow([0 if thought.closed else control.thinking_tokens - thought.drawn for thought in thoughts], first)
         decoding.mark(range(len(prompts)))
-        thoughts = _think(decoding, begun, tokenizer, control, thoughts)
+        thoughts = _think(decoding, begun, tokenizer, control.thinking_tokens, closing, thoughts)
         continued = [thought.drawn - count for thought, count in zip(thoughts, first, strict=True)]
         _become(decoding, [row + thought.tokens for row, thought in zip(begun, thoughts, strict=True)])
     continued_seconds = clock.lap()
@@ -144,8 +153,27 @@ def think_then_answer(
         clock.seconds(),
         thinking_seconds + switch_seconds + continued_seconds + to_first,
     )
-    texts = [shown_thoughts(thought.tokens, tokenizer, control.closing) for thought in thoughts]
+    texts = [shown_thoughts(row, thought, tokenizer, closing) for row, thought in zip(begun, thoughts, strict=True)]
     return [Thought(*each) for each in zip(texts, answers, first, continued, strict=True)], timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Closing:
+    """The delimiter that ends thoughts, as tokens that go on a text. `hidden`: no text shows it, as it is a special token."""
+
+    text: str
+    tokens: list[int]
+    hidden: bool
+
+    def room(self, thinking_tokens: int) -> int:
+        """How many tokens thoughts and their end may take: an end inside a token is written anew, which may take more."""
+        return thinking_tokens + 2 * len(self.tokens)
+
+
+def closing_of(text: str, tokenizer: Tokenizer) -> Closing:
+    """The delimiter of this text."""
+    tokens = encode_within(text, tokenizer)
+    return Closing(text, tokens, text not in text_after(tokens, tokens, tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +186,12 @@ class Thoughts:
 
 
 def _think(
-    decoding: Decoding, begun: list[list[int]], tokenizer: Tokenizer, control: Control, known: list[Thoughts] | None = None
+    decoding: Decoding,
+    begun: list[list[int]],
+    tokenizer: Tokenizer,
+    limit: int,
+    closing: Closing,
+    known: list[Thoughts] | None = None,
 ) -> list[Thoughts]:
     """Decodes until every row has closed its thoughts or waits, unsure; closed ones that are `known` stay as they are."""
     rows = range(len(begun))
@@ -166,7 +199,7 @@ def _think(
     while True:
         thinking = [row for row in rows if not thoughts[row].closed]
         decoding.piece()
-        now = [thoughts_of(decoding.tokens[row][len(begun[row]) :], tokenizer, control) for row in thinking]
+        now = [thoughts_of(begun[row], decoding.tokens[row][len(begun[row]) :], tokenizer, limit, closing) for row in thinking]
         thoughts = [now[thinking.index(row)] if row in thinking else thoughts[row] for row in rows]
         going = [row for row in thinking if not thoughts[row].closed and decoding.going[row]]
         if not going:
@@ -175,36 +208,36 @@ def _think(
         decoding.mark(going)
 
 
-def thoughts_of(drawn: list[int], tokenizer: Tokenizer, control: Control) -> Thoughts:
-    """What some drawn tokens are as thoughts; closed by themselves, by the end of text, or by the limit."""
-    closing = tokenizer.encode(control.closing).tolist()
+def thoughts_of(begun: Sequence[int], drawn: list[int], tokenizer: Tokenizer, limit: int, closing: Closing) -> Thoughts:
+    """What is drawn after the tokens `begun`, as thoughts; closed by themselves, by the end of text, or by the limit."""
     end = first_end(drawn, tokenizer)
     # A piece may hold the delimiter, an answer and the end of the text: what comes first counts.
     drawn = drawn[:end]
-    text = tokenizer.decode(drawn)
-    cut = first_stop(text, [control.closing])
-    if control.closing not in tokenizer.decode(closing):
-        # A special token, which no text shows: the delimiter is looked for among the tokens.
-        lengths = range(len(closing), len(drawn) + 1)
-        count = next((count for count in lengths if drawn[count - len(closing) : count] == closing), None)
+    text_of = lambda tokens: text_after(begun, tokens, tokenizer)
+    text = text_of(drawn)
+    cut = first_stop(text, [closing.text])
+    if closing.hidden:
+        lengths = range(len(closing.tokens), len(drawn) + 1)
+        count = next((count for count in lengths if drawn[count - len(closing.tokens) : count] == closing.tokens), None)
         if count is not None:
             return Thoughts(drawn[:count], count, True)
     elif cut is not None:
-        count = tokens_until(drawn, tokenizer, [control.closing])
-        closed = text[: cut + len(control.closing)]
-        if tokenizer.decode(drawn[:count]) == closed:
+        count = tokens_until(drawn, text_of, [closing.text])
+        closed = text[: cut + len(closing.text)]
+        if text_of(drawn[:count]) == closed:
             return Thoughts(drawn[:count], count, True)
         # The last token reaches past the delimiter: its part of it is written anew.
-        rest = closed[len(tokenizer.decode(drawn[: count - 1])) :]
-        return Thoughts(drawn[: count - 1] + tokenizer.encode(rest).tolist(), count, True)
-    if end is not None or len(drawn) >= control.thinking_tokens:
-        return Thoughts(drawn + closing, len(drawn), True)
+        rest = closed[len(text_of(drawn[: count - 1])) :]
+        return Thoughts(drawn[: count - 1] + encode_within(rest, tokenizer), count, True)
+    if end is not None or len(drawn) >= limit:
+        return Thoughts(drawn + closing.tokens, len(drawn), True)
     return Thoughts(drawn, len(drawn), False)
 
 
-def shown_thoughts(tokens: list[int], tokenizer: Tokenizer, closing: str) -> str:
-    """The text of thoughts, without the closing delimiter."""
-    return tokenizer.decode(tokens).partition(closing)[0]
+def shown_thoughts(begun: Sequence[int], thoughts: Thoughts, tokenizer: Tokenizer, closing: Closing) -> str:
+    """What may be shown of the thoughts after the tokens `begun`: without their delimiter, or what may become one."""
+    text = text_after(begun, thoughts.tokens, tokenizer)
+    return text.partition(closing.text)[0] if thoughts.closed else settled(text, [closing.text])
 
 
 def kept_of(have: list[int], want: list[int]) -> int:
@@ -234,16 +267,15 @@ def _handed(decoding: Decoding, held: list[list[int]], taker: Weights, requests:
 
 def _answer(decoding: Decoding, tokenizer: Tokenizer, control: Control, stop: tuple[str, ...]) -> tuple[list[Completion], float]:
     """(answers, seconds until the first tokens of all)."""
-    clock, starts = Clock(), [len(row) for row in decoding.tokens]
-    decoding.piece(1)
+    clock, readers = Clock(), [Reader(tokenizer, stop, control.max_tokens, row) for row in decoding.tokens]
+    drawn = decoding.piece(1)
     to_first = clock.seconds()
     while True:
-        drawn = [tokens[start:] for tokens, start in zip(decoding.tokens, starts, strict=True)]
-        answers = [complete(tokens, tokenizer, stop, control.max_tokens) for tokens in drawn]
+        answers = [reader.read(new) for reader, new in zip(readers, drawn, strict=True)]
         if all(answer.finish for answer in answers):
             return answers, to_first
         decoding.allow([0 if answer.finish else left for answer, left in zip(answers, decoding.left, strict=True)])
-        decoding.piece()
+        drawn = decoding.piece()
 
 
 def agreement(one: Sequence[Thought], other: Sequence[Thought]) -> float:

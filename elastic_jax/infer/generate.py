@@ -11,7 +11,7 @@ from elastic_jax.errors import UserError
 from elastic_jax.infer.decoding import PIECE, Decoding, requests_of
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
-from elastic_jax.infer.text import Completion, check_stop, complete
+from elastic_jax.infer.text import Completion, Reader, check_stop
 
 GREEDY = Sampling()
 # More than any model's context, and few enough that what is asked for together is counted in an int32.
@@ -41,12 +41,10 @@ def stream(
     longest = max(map(len, encoded))
     decoding = Decoding(weights, requests, longest + max_tokens, [max_tokens] * len(prompts))
     decoding.feed(encoded)
-    raw: list[list[int]] = [[] for _ in prompts]
+    readers = [Reader(tokenizer, stop, max_tokens, row) for row in encoded]
     steps = 1  # The first token is shown as soon as it is there.
     while True:
-        for tokens, new in zip(raw, decoding.piece(steps), strict=True):
-            tokens.extend(new)
-        completions = [complete(tokens, tokenizer, stop, max_tokens) for tokens in raw]
+        completions = [reader.read(new) for reader, new in zip(readers, decoding.piece(steps), strict=True)]
         yield completions
         if all(completion.finish for completion in completions):
             return

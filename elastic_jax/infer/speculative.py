@@ -25,7 +25,7 @@ from elastic_jax.infer.decoding import Decoding, Requests, ends, mark_seen, requ
 from elastic_jax.infer.generate import GREEDY, check_count, encode_prompts, per_prompt, seeds_of
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, token_probabilities
-from elastic_jax.infer.text import Completion, check_stop, complete
+from elastic_jax.infer.text import Completion, Reader, check_stop
 from elastic_jax.model.cache import Cache, cached_hidden_states, recurrent_blocks, rewind, settle_cache
 from elastic_jax.model.decoder import unembedding
 
@@ -244,19 +244,21 @@ def stream_speculative(
     for decoding in pair:
         decoding.feed([row.tolist() for row in encoded])
     state, first_B = begin(pair[0].state, pair[1].state.cache)
-    raw, tally = [[token] for token in np.asarray(first_B)[: len(prompts)].tolist()], Tally(tokens=len(prompts))
+    readers = [Reader(tokenizer, stop, max_tokens, row) for row in encoded]
+    gained, tally = [[token] for token in np.asarray(first_B)[: len(prompts)].tolist()], Tally(tokens=len(prompts))
+    drawn = [1] * len(prompts)
     while True:
-        completions = [complete(tokens, tokenizer, stop, max_tokens) for tokens in raw]
+        completions = [reader.read(new) for reader, new in zip(readers, gained, strict=True)]
         yield completions, tally
         if all(completion.finish for completion in completions):
             return
-        left = [0 if done.finish else max_tokens - len(tokens) for done, tokens in zip(completions, raw, strict=True)]
+        left = [0 if done.finish else max_tokens - count for done, count in zip(completions, drawn, strict=True)]
         padding = [0] * (state.left_B.shape[0] - len(prompts))
         state, rounds = speculate(large, small, state._replace(left_B=jnp.asarray(left + padding, jnp.int32)), drafts)
         tokens_RxBxK, count_RxB, kept_RxB = (np.asarray(each)[:, : len(prompts)] for each in rounds)
-        for row, tokens in enumerate(raw):
-            for new, count in zip(tokens_RxBxK[:, row], count_RxB[:, row], strict=True):
-                tokens.extend(new[:count].tolist())
+        counted = np.arange(tokens_RxBxK.shape[2]) < count_RxB[..., None]
+        gained = [tokens_RxBxK[:, row][counted[:, row]].tolist() for row in range(len(prompts))]
+        drawn = [count + len(new) for count, new in zip(drawn, gained, strict=True)]
         taken = int((count_RxB > 0).sum())
         tally = Tally(
             tally.rounds + taken,

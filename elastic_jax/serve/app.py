@@ -20,6 +20,8 @@ from elastic_jax.arch import unknown_name
 from elastic_jax.checkpoint.manifest import Budget
 from elastic_jax.data.chat import ChatTemplate
 from elastic_jax.errors import UserError
+from elastic_jax.infer.budget_control import closing_of
+from elastic_jax.infer.text import encode_within
 from elastic_jax.serve.engine import Job, Overloaded, Progress
 from elastic_jax.serve.replies import DONE, Reply, error_object, event
 from elastic_jax.serve.runner import Choices, Runner
@@ -65,7 +67,7 @@ class Service:
         wrong = next((token for token in prompt if not 0 <= token < self.tokenizer.vocab_size), None)
         if wrong is not None:
             raise UserError(f'prompt: token {wrong} is not of the vocabulary of {self.tokenizer.vocab_size}')
-        return [*prompt, *self.tokenizer.encode(opening).tolist()]
+        return [*prompt, *encode_within(opening, self.tokenizer)]
 
     def jobs(self, body: Common, prompts: list[Any], max_tokens: int, stop: tuple[str, ...]) -> list[Job]:
         """`body.n` jobs for every prompt, each with a seed of its own."""
@@ -125,7 +127,7 @@ class Service:
         thinks = body.think is not None
         room = self.runner.engine.limits.context - len(self.encode(prompt, body.opening if thinks else ''))
         if thinks:
-            room -= body.thinking_tokens + 2 * len(self.encode(body.closing))
+            room -= closing_of(body.closing, self.tokenizer).room(body.thinking_tokens)
         return await self._answer(request, body, True, [prompt], body.limit(max(room, 1)), (*(body.stop or ()), *self.turn_end))
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:

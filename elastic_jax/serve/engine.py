@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_jax.errors import UserError, WorkError
-from elastic_jax.infer.budget_control import Control, Thoughts, kept_of, shown_thoughts, thoughts_of
+from elastic_jax.infer.budget_control import Closing, Control, Thoughts, closing_of, kept_of, shown_thoughts, thoughts_of
 from elastic_jax.infer.generate import GREEDY
 from elastic_jax.infer.handover import hand_over
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
-from elastic_jax.infer.text import complete, settled
+from elastic_jax.infer.text import Reader
 from elastic_jax.serve.lane import Given, Lane, Prefill
 
 
@@ -103,7 +103,8 @@ class Request:
 
     Attributes:
       lane: the size whose queue or slot it is in. held: what its row holds before it draws. gained: what it has drawn since.
-      thinking: whether that is thoughts; `thoughts` are those so far. given: the cache that it brings to the next slot.
+      thinking: whether that is thoughts, which end with `closing`; `thoughts` are those so far. reader: of its answer.
+      given: the cache that it brings to the next slot.
     """
 
     job: Job
@@ -111,8 +112,10 @@ class Request:
     deadline: float
     lane: str
     held: list[int]
+    closing: Closing | None
     thinking: bool
     gained: list[int] = dataclasses.field(default_factory=list)
+    reader: Reader | None = None
     thoughts: Thoughts | None = None
     progress: Progress = Progress()
     cancelled: bool = False
@@ -165,11 +168,11 @@ class Engine:
         first, thinks = job.first, job.think is not None
         for name in (first, job.budget):
             self.sizes.arch(name)
-        needed = len(job.tokens) + job.max_tokens
+        needed, closing = len(job.tokens) + job.max_tokens, None
         if thinks:
             assert job.control is not None
-            closing = self.sizes.tokenizer.encode(job.control.closing)
-            needed += job.control.thinking_tokens + 2 * len(closing)
+            closing = closing_of(job.control.closing, self.sizes.tokenizer)
+            needed += closing.room(job.control.thinking_tokens)
         if not job.tokens:
             raise UserError('the prompt is empty; give at least one character')
         if needed > self.limits.context:
@@ -178,7 +181,7 @@ class Engine:
                 f'{self.limits.context}; shorten the prompt, or lower max_tokens or thinking_tokens'
             )
         deadline = self._clock() + self.limits.seconds
-        request = Request(job, listener, deadline, first, list(job.tokens), thinks)
+        request = Request(job, listener, deadline, first, list(job.tokens), closing, thinks)
         with self._lock:
             if self._counts[first] >= self.limits.slots + self.limits.queue:
                 raise Overloaded(f'{first}: {self._counts[first]} requests are running or waiting already; try again later')
@@ -284,27 +287,24 @@ class Engine:
         gained, unsure = lane.piece(self._weights[name], self.limits.piece)
         for request, new, waits in zip(rows, gained, unsure, strict=True):
             if request is not None and request.prefill is None:
-                request.gained.extend(new)
-                self._look(request, waits)
+                self._look(request, new, waits)
         return True
 
-    def _look(self, request: Request, waits: bool) -> None:
-        """What a request's tokens have come to; `waits`: its size is unsure of the next one."""
-        job, tokenizer = request.job, self.sizes.tokenizer
+    def _look(self, request: Request, new: list[int], waits: bool) -> None:
+        """What a request's tokens have come to with these; `waits`: its size is unsure of the next one."""
+        job, tokenizer, closing = request.job, self.sizes.tokenizer, request.closing
         if not request.thinking:
-            done = complete(request.gained, tokenizer, job.stop, job.max_tokens)
+            request.reader = request.reader or Reader(tokenizer, job.stop, job.max_tokens, request.held)
+            done = request.reader.read(new)
             now = dataclasses.replace(request.progress, text=done.text, tokens=len(done.tokens))
             self._tell(request, now)
             if done.finish:
                 self._end(request, done.finish)
             return
+        request.gained.extend(new)
         row = [*request.held, *request.gained]
-        thoughts = thoughts_of(row[len(job.tokens) :], tokenizer, job.control)
-        if thoughts.closed:
-            shown = shown_thoughts(thoughts.tokens, tokenizer, job.control.closing)
-        else:
-            shown = settled(tokenizer.decode(thoughts.tokens), [job.control.closing])
-        self._tell(request, Progress(shown, '', thoughts.drawn))
+        thoughts = thoughts_of(job.tokens, row[len(job.tokens) :], tokenizer, job.control.thinking_tokens, closing)
+        self._tell(request, Progress(shown_thoughts(job.tokens, thoughts, tokenizer, closing), '', thoughts.drawn))
         if thoughts.closed or waits:
             self._switch(request, row, thoughts)
 

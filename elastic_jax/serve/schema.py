@@ -14,6 +14,7 @@ from elastic_jax.infer.budget_control import Control
 from elastic_jax.infer.sampling import Sampling
 
 MAX_CHOICES = 16
+MAX_STOP = 1000
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -59,8 +60,8 @@ class Common(BaseModel):
     @classmethod
     def _stops(cls, stop: str | list[str] | None) -> list[str]:
         found = [stop] if isinstance(stop, str) else stop or []
-        if len(found) > 4 or '' in found:
-            raise ValueError('give at most 4 strings, none of them empty')
+        if len(found) > 4 or not all(1 <= len(string) <= MAX_STOP for string in found):
+            raise ValueError(f'give at most 4 strings, each of 1 to {MAX_STOP} characters')
         return found
 
     @property

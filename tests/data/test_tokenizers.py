@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from elastic_jax.errors import UserError
-from elastic_jax.infer.text import complete
+from elastic_jax.infer.text import Reader, encode_within, text_after
 from tests.data.bpe import write_byte_fallback, write_tokenizer
 
 
@@ -47,11 +47,53 @@ def test_a_growing_text_of_byte_tokens_keeps_what_it_has_shown(tmp_path):
     text = 'ab …日 🙂🙂c'
     ids = tokenizer.encode(text).tolist()
     assert tokenizer.decode(ids) == tokenizer.tokenizer.decode(ids) == text
-    shown = [complete(ids[:count], tokenizer, (), 100).text for count in range(1, len(ids) + 1)]
+    reader = Reader(tokenizer, (), 100)
+    shown = [reader.read([token]).text for token in ids]
     assert all(after.startswith(before) for before, after in itertools.pairwise(shown)) and shown[-1] == text
-    assert complete(ids[:9], tokenizer, (), 9).text == 'ab …\ufffd'  # ended within a character
+    assert Reader(tokenizer, (), 9).read(ids[:9]).text == 'ab …\ufffd'  # ended within a character
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
     assert tokenizer.decode([*ids, tokenizer.eos_id], special=True) == text + '<end>'
+
+
+@pytest.mark.parametrize('text', ['hello world', 'ab …日 🙂🙂c', ' two  spaces'])
+def test_what_goes_on_a_prompt_keeps_its_spaces_and_characters_wherever_the_prompt_ends(tmp_path, bpe_folder, text):
+    for tokenizer in (load_tokenizer(str(write_byte_fallback(tmp_path))), load_tokenizer(str(bpe_folder)), ByteTokenizer()):
+        ids = tokenizer.encode(text).tolist()
+        for place in range(1, len(ids)):
+            reader = Reader(tokenizer, (), 100, ids[:place])
+            shown = [reader.read([token]).text for token in ids[place:]]
+            assert all(after.startswith(before) for before, after in itertools.pairwise(shown))
+            assert tokenizer.decode(ids[:place]).rstrip('\ufffd') + shown[-1] == text
+            assert text_after(ids[:place], ids[place:], tokenizer) == shown[-1]
+        for string in ('</think>', '\n', ' ', 'a'):
+            assert tokenizer.decode([*ids, *encode_within(string, tokenizer)]) == text + string
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7])
+def test_of_several_stop_strings_the_one_that_is_complete_first_ends_a_text_however_pieces_fall(size):
+    reader, ids = Reader(ByteTokenizer(), ('abcd', 'bc'), 20), list(b'xabcdzz')
+    done = [reader.read(ids[start : start + size]) for start in range(0, 7, size)][-1]
+    assert (done.text, done.tokens, done.finish) == ('xa', list(b'xabc'), 'stop')
+
+
+class Counting(ByteTokenizer):
+    """Counts the tokens that it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids, special=False):
+        ids = list(ids)
+        self.decoded += len(ids)
+        return super().decode(ids, special)
+
+
+def test_a_long_text_and_long_stop_strings_are_read_in_the_time_of_their_length():
+    tokenizer = Counting()
+    reader = Reader(tokenizer, ('a' * 10**6,), 10**6)
+    for _ in range(200):
+        done = reader.read([97] * 8)
+    assert (done.text, len(done.tokens)) == ('', 1600) and tokenizer.decoded < 10 * 1600
+    assert reader.read([98]).text == 'a' * 1600 + 'b'
 
 
 def test_all_tokens_that_a_model_names_as_ends_end_what_it_writes(tmp_path):

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from elastic_jax.data.tokenizers import load_tokenizer
 from elastic_jax.errors import UserError
-from elastic_jax.infer.budget_control import Control, agreement, think_then_answer
+from elastic_jax.infer.budget_control import Control, agreement, closing_of, shown_thoughts, think_then_answer, thoughts_of
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.text import Completion
+from tests.data.bpe import write_byte_fallback
 from tests.infer.tiny import HYBRID, LETTERS, budgets_of, ending_at, full_logits, random_weights
 
 BUDGETS = budgets_of(HYBRID)
@@ -131,6 +133,17 @@ def test_at_an_entropy_of_zero_the_answering_size_thinks_everything():
     for prompt, thought in zip(PROMPTS, thoughts, strict=True):
         assert thought.thinking_tokens == 0 < thought.continued_tokens
         assert thought.thinking == generate(SIZES['full'], LETTERS, [prompt + OPENING], 20, stop=[CLOSING])[0].text
+
+
+@pytest.mark.parametrize(('text', 'limit'), [(' cd</think>', 99), (' cd', 3)], ids=['closed by itself', 'closed by the limit'])
+def test_thoughts_keep_their_spaces_and_a_delimiter_brings_none(tmp_path, text, limit):
+    """With a tokenizer that begins every text with a space."""
+    tokenizer = load_tokenizer(str(write_byte_fallback(tmp_path)))
+    begun, closing = tokenizer.encode('ab<think>').tolist(), closing_of('</think>', tokenizer)
+    drawn = tokenizer.encode('ab<think>' + text).tolist()[len(begun) :]
+    thoughts = thoughts_of(begun, drawn, tokenizer, limit, closing)
+    assert thoughts.closed and shown_thoughts(begun, thoughts, tokenizer, closing) == ' cd'
+    assert tokenizer.decode([*begun, *thoughts.tokens]) == 'ab<think> cd</think>'
 
 
 def nats(logits):

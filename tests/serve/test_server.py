@@ -275,6 +275,7 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
         ('completions', GOOD | {'temprature': 1}, 400, 'temprature: Extra inputs are not permitted'),
         ('completions', GOOD | {'logprobs': 3}, 400, 'logprobs: '),
         ('completions', GOOD | {'stop': ['']}, 400, 'stop: '),
+        ('completions', GOOD | {'stop': ['x' * 1001]}, 400, 'each of 1 to 1000 characters'),
         ('completions', '{"model": ', 400, 'Invalid JSON'),
         ('completions', GOOD | {'prompt': 'a' * 5000}, 413, 'more than 4000 bytes'),
         ('chat/completions', {'model': 'full', 'messages': []}, 400, 'messages: '),
