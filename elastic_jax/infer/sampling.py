@@ -15,7 +15,8 @@ import numpy as np
 
 from elastic_jax.errors import UserError
 
-LEAST = 1e-30
+# What is above 0 stays so in float32, and logits remain finite, by a penalty and a temperature together.
+FURTHEST, STRONGEST_PENALTY = 1e30, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,12 @@ class Knobs(NamedTuple):
 def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
     """The settings of rows as arrays [B]."""
     column = lambda values, dtype: np.asarray(list(values), dtype)
-    # What is above 0 stays so in float32, and logits divided by it stay finite; no count is too large for an int32.
-    least = lambda value: max(value, LEAST) if value > 0 else value
+    within = lambda value, most=FURTHEST: min(max(value, 1 / most), most) if value > 0 else value
     return Knobs(
-        column((least(sampling.temperature) for sampling in samplings), np.float32),
+        column((within(sampling.temperature) for sampling in samplings), np.float32),
         column((min(sampling.top_k, 2**31 - 1) for sampling in samplings), np.int32),
-        column((least(sampling.top_p) for sampling in samplings), np.float32),
-        column((sampling.repetition_penalty for sampling in samplings), np.float32),
+        column((within(sampling.top_p) for sampling in samplings), np.float32),
+        column((within(sampling.repetition_penalty, STRONGEST_PENALTY) for sampling in samplings), np.float32),
     )
 
 

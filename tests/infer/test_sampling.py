@@ -48,7 +48,16 @@ CASES = [
     Sampling(1.0, top_p=1e-6),
     Sampling(1.0, top_p=1e-50),
     Sampling(1.0, top_k=10**20),
+    Sampling(repetition_penalty=1e-300),
+    Sampling(1.0, repetition_penalty=1e300),
+    Sampling(float('inf')),
 ]
+
+
+def test_the_strongest_penalty_and_the_coldest_temperature_stay_finite():
+    for penalty in (1e-300, 1e300):
+        knobs = knobs_of([Sampling(1e-40, repetition_penalty=penalty)])
+        assert np.isfinite(next_token_logits(np.asarray([[0.5, -9.0, 9.0, 2.0]]), np.ones((1, 4), bool), knobs)).all()
 
 
 def test_the_coldest_temperature_is_greedy():
