@@ -111,7 +111,7 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         body = await self._read(request, CompletionRequest)
-        return await self._answer(request, body, False, body.prompts, body.limit, tuple(body.stop or ()))
+        return await self._answer(request, body, False, body.prompts, body.max_tokens, tuple(body.stop))
 
     async def chat(self, request: Request) -> Response:
         body = await self._read(request, ChatRequest)
@@ -128,7 +128,7 @@ class Service:
         room = self.runner.engine.limits.context - len(self.encode(prompt, body.opening if thinks else ''))
         if thinks:
             room -= closing_of(body.closing, self.tokenizer).room(body.thinking_tokens)
-        return await self._answer(request, body, True, [prompt], body.limit(max(room, 1)), (*(body.stop or ()), *self.turn_end))
+        return await self._answer(request, body, True, [prompt], body.limit(max(room, 1)), (*body.stop, *self.turn_end))
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         if self.runner.engine.full():

@@ -280,6 +280,9 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
         ('completions', GOOD | {'prompt': 'a' * 5000}, 413, 'more than 4000 bytes'),
         ('chat/completions', {'model': 'full', 'messages': []}, 400, 'messages: '),
         ('chat/completions', {'model': 'full', 'messages': [{'role': 'tool', 'content': 'x'}]}, 400, 'messages.0.role: '),
+        ('completions', '{"model": "full", "prompt": "a", "temperature": Infinity}', 400, 'temperature: '),
+        ('completions', '{"model": "full", "prompt": "a", "repetition_penalty": Infinity}', 400, 'repetition_penalty: '),
+        ('completions', 'null', 400, 'should be an object'),
         ('nothing', {}, 404, 'POST /v1/nothing: Not Found'),
     ],
 )
@@ -298,6 +301,26 @@ def test_openai_raises_its_own_errors(client):
         with pytest.raises(openai.NotFoundError) as raised:
             client.completions.create(**GOOD, extra_body={field: 'gpt'})
         assert raised.value.param == field
+def test_nulls_and_what_changes_nothing_are_taken_and_an_answer_may_be_sent_back(client):
+    nothing = dict.fromkeys(('n', 'stream', 'top_p', 'top_logprobs', 'logit_bias', 'seed', 'stop'))
+    own = {'top_k': None, 'repetition_penalty': None, 'think': None, 'safety_identifier': 'x'}
+    same = {'response_format': {'type': 'text'}, 'tool_choice': 'none', 'parallel_tool_calls': True, 'service_tier': 'auto'}
+    messages = [{'role': 'user', 'content': 'hi'}]
+    options = {
+        'model': 'full',
+        'max_tokens': 2,
+        'user': 'x',
+        'metadata': {},
+        'store': False,
+        'extra_body': own,
+        **same,
+        **nothing,
+    }
+    answer = client.chat.completions.create(messages=messages, **options).choices[0].message
+    for again in (answer, answer.model_dump(), answer.model_dump() | {'annotations': [], 'tool_calls': []}):
+        assert client.chat.completions.create(messages=[*messages, again, *messages], **options).choices
+
+
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**GOOD, extra_body={'top_k': -1})
 
