@@ -129,6 +129,8 @@ def test_one_size_thinks_and_another_answers(capsys, finished_run):
         (('generate', '--checkpoint', '/no', '--prompt', '-- a comment'), '/no does not exist'),
         (('generate', '--checkpoint', '/no', '--budget', '--prompt', 'a'), 'argument --budget: expected one argument'),
         (('generate', '--checkpoint', 'RUN', '--prompt', 'a', '--temperature', '-1'), 'temperature=-1.0 must be at least 0'),
+        (('generate', '--checkpoint', '/no', '--prompt', 'a', '--drafts', '3'), 'name that size with --draft'),
+        (('generate', '--checkpoint', '/no', '--prompt', 'a', '--opening', 'x', '--fill', 'mean'), '--opening, --fill: nobody'),
         (('report', '--workdir', '/tmp'), '/tmp'),
         (('train',), 'required: --config, --workdir'),
         (('train', '--config', 'nothing.py', '--workdir', 'w'), 'there is no file nothing.py'),

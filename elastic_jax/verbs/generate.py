@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -13,6 +14,10 @@ from elastic_jax.verbs import flags
 SUMMARY = 'Continue a prompt: with one size, or with one that thinks and another that answers.'
 EXAMPLE = """elastic generate --checkpoint runs/quickstart --prompt "import " --budget small
   elastic generate --checkpoint runs/quickstart --prompt "2+3=" --think small --answer full --thinking-tokens 64"""
+
+
+# What --think alone gives a meaning to; the defaults are those of `Control`.
+CONTROL = ('thinking_tokens', 'opening', 'closing', 'switch', 'fill', 'entropy')
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,26 +35,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flags.json(parser)
     speculation = parser.add_argument_group('self-speculative decoding: the same text, in fewer passes of the larger size')
     speculation.add_argument('--draft', metavar='BUDGET', help='the smaller size that drafts for --budget')
-    speculation.add_argument('--drafts', type=int, default=4, help='tokens drafted in a round (default: 4)')
+    speculation.add_argument('--drafts', type=int, help='tokens drafted in a round (default: 4)')
     speculation.add_argument(
         '--compare', action='store_true', help='decode without drafts too, and say how much faster drafts are'
     )
     control = parser.add_argument_group('budget control')
     control.add_argument('--think', metavar='BUDGET', help='the size that thinks')
     control.add_argument('--answer', metavar='BUDGET', help='the size that answers')
-    control.add_argument('--thinking-tokens', type=int, default=256, help='after so many the thinking is closed')
-    control.add_argument('--opening', default='<think>', metavar='TEXT', help='put after the prompt (default: <think>)')
-    control.add_argument('--closing', default='</think>', metavar='TEXT', help='ends the thinking (default: </think>)')
+    control.add_argument('--thinking-tokens', type=int, help='after so many the thinking is closed (default: 256)')
+    control.add_argument('--opening', metavar='TEXT', help='put after the prompt (default: <think>)')
+    control.add_argument('--closing', metavar='TEXT', help='ends the thinking (default: </think>)')
     control.add_argument(
         '--switch',
         choices=('recompute', 'hand-over', 'both'),
-        default='recompute',
         help='how the answering size gets at the thoughts: by prefilling them anew (exact), from the cache of the thinking size '
-        '(cheaper, approximate), or both ways, to compare them',
+        '(cheaper, approximate), or both ways, to compare them (default: recompute)',
     )
-    control.add_argument(
-        '--fill', choices=('zero', 'mean'), default='zero', help='handed over, what missing heads start with (default: zero)'
-    )
+    control.add_argument('--fill', choices=('zero', 'mean'), help='handed over, what missing heads start with (default: zero)')
     control.add_argument(
         '--entropy', type=float, metavar='NATS', help='the answering size takes over before a token less certain than this'
     )
@@ -59,20 +61,24 @@ def run(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
     from elastic_jax.infer.sampling import Sampling
 
-    checkpoint = open_checkpoint(arguments.checkpoint)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
     if bool(arguments.think) != bool(arguments.answer):
         raise UserError('--think and --answer go together: name the budget that thinks and the one that answers')
     if arguments.compare and not arguments.draft:
         raise UserError('--compare sets drafts against plain decoding; name the size that drafts with --draft')
-    if arguments.think:
-        if arguments.budget or arguments.draft:
-            raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
-        result, shown = _think(arguments, checkpoint, sampling)
-    else:
-        result, shown = _continue(arguments, checkpoint, sampling)
+    if arguments.drafts is not None and not arguments.draft:
+        raise UserError('--drafts counts the tokens that a smaller size drafts; name that size with --draft')
+    if given := [_flag(name) for name in CONTROL if getattr(arguments, name) is not None and not arguments.think]:
+        raise UserError(f'{", ".join(given)}: nobody thinks; name the sizes with --think and --answer')
+    if arguments.think and (arguments.budget or arguments.draft):
+        raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
+    result, shown = (_think if arguments.think else _continue)(arguments, open_checkpoint(arguments.checkpoint), sampling)
     print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
+
+
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
 
 
 def _continue(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tuple[dict[str, Any], str]:
@@ -89,7 +95,8 @@ def _continue(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> 
     }
     prompts, result = [arguments.prompt], {}
     if arguments.draft:
-        speculate = lambda: sizes.speculate(prompts, budget, arguments.draft, arguments.drafts, **options)
+        own = {} if arguments.drafts is None else {'drafts': arguments.drafts}
+        speculate = lambda: sizes.speculate(prompts, budget, arguments.draft, **own, **options)
         if arguments.compare:
             speculate()  # the times of two ways compare once both have run before
         clock = Clock()
@@ -119,20 +126,15 @@ def _think(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tup
 
     sizes = checkpoint.load_sizes([arguments.think, arguments.answer], limit_bytes=arguments.slice_bytes)
     found = {}
-    for switch in SWITCHES if arguments.switch == 'both' else (arguments.switch,):
-        control = Control(
-            thinking_tokens=arguments.thinking_tokens,
-            max_tokens=arguments.max_tokens,
-            opening=arguments.opening,
-            closing=arguments.closing,
-            switch=switch,
-            fill=arguments.fill,
-            entropy=arguments.entropy,
-        )
+    given = {name: getattr(arguments, name) for name in CONTROL if getattr(arguments, name) is not None}
+    switches = SWITCHES if arguments.switch == 'both' else (given.get('switch', SWITCHES[0]),)
+    control = Control(max_tokens=arguments.max_tokens, **given | {'switch': switches[0]})
+    for switch in switches:
         pair = arguments.think, arguments.answer
         # The times of two ways compare once both have run before.
         for _ in range(2 if arguments.switch == 'both' else 1):
-            found[switch] = sizes.think([arguments.prompt], *pair, control, sampling, arguments.stop, arguments.seed)
+            own = dataclasses.replace(control, switch=switch)
+            found[switch] = sizes.think([arguments.prompt], *pair, own, sampling, arguments.stop, arguments.seed)
     described = {}
     for switch, ((thought,), timing) in found.items():
         tokens = {'thinking': thought.thinking_tokens, 'continued': thought.continued_tokens}
@@ -152,4 +154,4 @@ def _think(arguments: argparse.Namespace, checkpoint: Any, sampling: Any) -> tup
         described_seconds = ', '.join(f'{switch} {timing.to_answer:.3f} s' for switch, (_, timing) in found.items())
         agree = f'{result["agreement"]:.0%} of the answer tokens agree'
         print(f'to the first token of the answer: {described_seconds}; {agree}', file=sys.stderr)
-    return result, f'{arguments.opening}{thought.thinking}{arguments.closing}{thought.answer.text}'
+    return result, f'{control.opening}{thought.thinking}{control.closing}{thought.answer.text}'
