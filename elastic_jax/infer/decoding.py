@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_jax.errors import WorkError, reason
 from elastic_jax.infer.placed import everywhere, place_rows
 from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, entropy, knobs_of
 from elastic_jax.model.cache import Cache, cached_hidden_states, init_cache, recurrent_blocks, rewind
-from elastic_jax.model.decoder import unembedding
+from elastic_jax.model.decoder import unembed
 
 CHUNKS = (256, 64, 16)
 PIECE = 16
@@ -72,8 +73,19 @@ def requests_of(
 
 
 def empty_state(weights: Weights, requests: Requests, slots: int, max_tokens: Sequence[int]) -> State:
-    """Rows that hold nothing yet, each of which may gain `max_tokens`; made where the weights are."""
-    return _empty_state(weights, requests, np.asarray(max_tokens, np.int32), slots)
+    """Rows that hold nothing yet, each of which may gain `max_tokens`; made where the weights are.
+
+    Raises: WorkError when there is no memory for that many slots.
+    """
+    try:
+        return _empty_state(weights, requests, np.asarray(max_tokens, np.int32), slots)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise WorkError(
+            f'the caches of {len(max_tokens)} rows of {slots} tokens do not fit in memory ({reason(error)}); ask for fewer '
+            'tokens, or give a server fewer --slots or a smaller --context'
+        ) from error
 
 
 @partial(jax.jit, static_argnames='slots')
@@ -120,7 +132,7 @@ def run_tokens(weights: Weights, params: Any, state: State, tokens_BxT: jax.Arra
     """The state after each row's first `valid_B` tokens; a row with none keeps its logits."""
     hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, weights.arch, state.cache, valid_B, weights.dtype)
     last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(valid_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    own_BxV = jnp.matmul(last_BxD, unembedding(params).astype(weights.dtype), preferred_element_type=jnp.float32)
+    own_BxV = unembed(params, last_BxD, weights.dtype)
     logits_BxV = jnp.where(valid_B[:, None] > 0, own_BxV, state.logits_BxV)
     seen_BxV = mark_seen(state.seen_BxV, tokens_BxT, valid_B)
     return place_rows(state._replace(cache=cache, logits_BxV=logits_BxV, seen_BxV=seen_BxV), weights)

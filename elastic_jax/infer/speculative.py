@@ -27,7 +27,7 @@ from elastic_jax.infer.resident import Weights
 from elastic_jax.infer.sampling import Knobs, Sampling, draw, token_probabilities
 from elastic_jax.infer.text import Completion, Reader, check_stop
 from elastic_jax.model.cache import Cache, cached_hidden_states, recurrent_blocks, rewind, settle_cache
-from elastic_jax.model.decoder import unembedding
+from elastic_jax.model.decoder import unembed
 
 ROUNDS = 4
 MOST_DRAFTS = 64  # each is a pass of its own in the program of a round
@@ -78,10 +78,6 @@ class Tally:
         return {**dataclasses.asdict(self), 'acceptance': self.acceptance}
 
 
-def _logits(weights: Weights, params: Any, hidden: jax.Array) -> jax.Array:
-    return jnp.matmul(hidden, unembedding(params).astype(weights.dtype), preferred_element_type=jnp.float32)
-
-
 def _sub_keys(requests: Requests, drawn_B: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(token_keys(requests, drawn_B), purpose)
 
@@ -105,7 +101,7 @@ def _draft(
     hidden_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     tokens, probabilities, caches = [], [], [cache]
     for i in range(k):
-        q_BxV = token_probabilities(_logits(small, params, hidden_BxD), seen_BxV, requests.knobs)
+        q_BxV = token_probabilities(unembed(params, hidden_BxD, small.dtype), seen_BxV, requests.knobs)
         token_B = _pick(_sub_keys(requests, state.drawn_B + i, DRAFT), q_BxV)
         tokens.append(token_B)
         probabilities.append(q_BxV)
@@ -128,7 +124,7 @@ def _verify(
     rows, length = tokens_BxT.shape
     seen = [mark_seen(state.seen_BxV, drafts_BxK, jnp.full(rows, count)) for count in range(length)]
     flat_knobs = Knobs(*(jnp.repeat(knob, length) for knob in state.requests.knobs))
-    logits = _logits(large, params, hidden_BxTxD).reshape(rows * length, -1)
+    logits = unembed(params, hidden_BxTxD, large.dtype).reshape(rows * length, -1)
     p = token_probabilities(logits, jnp.stack(seen, axis=1).reshape(logits.shape), flat_knobs)
     return p.reshape(rows, length, -1), trial
 

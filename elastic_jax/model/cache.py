@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from elastic_jax.arch import Arch, Attention, Mamba
 from elastic_jax.model.attention import init_kv_cache
 from elastic_jax.model.context import Context
-from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
+from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembed
 from elastic_jax.model.mamba import MambaCache, init_mamba_cache, settle
 from elastic_jax.model.params import layer_name
 
@@ -97,4 +97,4 @@ def cached_logits(
 ) -> tuple[jax.Array, Cache]:
     """(logits [B, T, V] in float32, the cache after the chunk's real tokens); arguments as of `cached_hidden_states`."""
     hidden_BxTxD, cache = cached_hidden_states(params, tokens_BxT, arch, cache, valid_B, dtype, trial)
-    return jnp.matmul(hidden_BxTxD, unembedding(params).astype(dtype), preferred_element_type=jnp.float32), cache
+    return unembed(params, hidden_BxTxD, dtype), cache

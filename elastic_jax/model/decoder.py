@@ -58,6 +58,11 @@ def unembedding(params: dict[str, Any]) -> jax.Array:
     return params['unembed']['kernel'] if 'unembed' in params else params['embedding']['table'].T
 
 
+def unembed(params: dict[str, Any], hidden: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Logits [..., V] in float32 of final hidden states [..., D]."""
+    return jnp.matmul(hidden, unembedding(params).astype(dtype), preferred_element_type=jnp.float32)
+
+
 def hidden_states(
     params: dict[str, Any],
     tokens_BxT: jax.Array,
@@ -94,7 +99,7 @@ def logits(
     """Logits [B, T, V] in float32."""
     context = context_for(tokens_BxT, segment_ids_BxT, positions_BxT, norm_eps=arch.norm_eps, dtype=dtype)
     x_BxTxD, _ = hidden_states(params, tokens_BxT, arch, context, soft)
-    return jnp.matmul(x_BxTxD, unembedding(params).astype(dtype), preferred_element_type=jnp.float32)
+    return unembed(params, x_BxTxD, dtype)
 
 
 class _Group(nn.Module):

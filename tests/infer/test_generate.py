@@ -3,10 +3,11 @@
 import itertools
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from elastic_jax.errors import UserError
+from elastic_jax.errors import UserError, WorkError
 from elastic_jax.infer import decoding
 from elastic_jax.infer.decoding import Decoding, advance, chunk_sizes, empty_state, requests_of
 from elastic_jax.infer.generate import generate, stream
@@ -163,6 +164,15 @@ def test_other_requests_compile_nothing_new():
 def test_mistakes_are_one_sentence(arguments, message):
     with pytest.raises(UserError, match=message):
         generate(WEIGHTS, LETTERS, *arguments)
+
+
+def test_caches_that_do_not_fit_in_memory_are_said_in_one_sentence(monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.')
+
+    monkeypatch.setattr(decoding, '_empty_state', full)
+    with pytest.raises(WorkError, match='the caches of 1 rows of 1024 tokens do not fit in memory'):
+        generate(WEIGHTS, LETTERS, ['abc'], 900)
 
 
 @pytest.mark.parametrize('rows', [1, 2])
