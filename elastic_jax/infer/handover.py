@@ -30,6 +30,8 @@ def hand_over(cache: Cache, giver: Arch, taker: Weights, slots: int, fill: str =
     """The giver's cache in the shapes of the taker's, with room for `slots` tokens. Raises UserError for an unknown rule."""
     if fill not in FILLS:
         raise UserError(f'fill={fill!r} is not a rule for missing heads; give one of {", ".join(FILLS)}')
+    if taker.arch.nests_in(giver):
+        fill = FILLS[0]  # nothing is missing: one program does for all rules
     return _hand_over(cache, giver, taker.arch, taker.layout, taker.dtype, slots, fill)
 
 

@@ -55,6 +55,8 @@ class Limits:
 
 DEFAULT = Limits()
 
+        if self.context < 2:
+            raise UserError(f'context={self.context} must be at least 2: a token of the prompt and one that is drawn')
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -135,7 +135,8 @@ class Lane:
         self.left[slot], self.lengths[slot] = left, len(prefill.held)
         if prefill.mark is not None:
             if self._mark is None:
-                self._mark = jax.tree.map(jnp.copy, mark_of(self.state.cache))
+                # As a move of all, which compiles the program that later moves need.
+                self._mark = move_mark(mark_of(self.state.cache), self.state.cache, np.ones(self.slots, bool))
             self._mark, self.marked[slot] = _join_mark(self._mark, prefill.mark, np.int32(slot)), len(prefill.held) - 1
 
     def leave(self, slot: int) -> None:

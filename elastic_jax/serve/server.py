@@ -11,7 +11,9 @@ import uvicorn
 
 from elastic_jax.checkpoint.manifest import Budget
 from elastic_jax.data.chat import load_template
-from elastic_jax.infer.budget_control import Control
+from elastic_jax.errors import UserError, WorkError
+from elastic_jax.infer.budget_control import Control, closing_of
+from elastic_jax.infer.handover import FILLS
 from elastic_jax.infer.sizes import Sizes
 from elastic_jax.serve.app import Service, make_app
 from elastic_jax.serve.engine import Engine, Job, Limits
@@ -44,9 +46,10 @@ def warm(engine: Engine) -> None:
     for name in engine.sizes.archs:
         for length in (250, 60, 10):
             run(Job((0,) * min(length, engine.limits.context - 1), name, 1))
-    room = min(10, engine.limits.context - 4)
-    for think, answer in itertools.permutations(engine.sizes.archs, 2) if room > 0 else ():
-        control = Control(1, 1, closing=' ', switch='hand-over')
+    room = min(10, engine.limits.context - 1 - closing_of(' ', engine.sizes.tokenizer).room(1))
+    names = engine.sizes.archs if room > 0 else ()
+    for think, answer, fill in itertools.product(names, names, FILLS):
+        control = Control(1, 1, closing=' ', switch='hand-over', fill=fill)
         run(Job((0,) * room, answer, 1, think=think, control=control))
 
 

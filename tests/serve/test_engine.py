@@ -1,6 +1,7 @@
 """Continuous batching against each request alone: joining, leaving, thinking, queues, deadlines, and what is compiled."""
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from elastic_jax.errors import UserError
 from elastic_jax.infer import decoding
 from elastic_jax.infer.budget_control import Control, think_then_answer
 from elastic_jax.infer.generate import generate
+from elastic_jax.infer.handover import FILLS, _hand_over
 from elastic_jax.infer.resident import Resident
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
@@ -210,6 +212,18 @@ def test_a_server_of_one_slot_and_a_queue_of_one_compiles_all_it_needs():
     engine = Engine(SIZES, Limits(slots=1, queue=1, context=64))
     warm(engine)
     assert engine.outstanding == 0
+    programs = (decoding.advance, decoding.feed_chunk, decoding.move_mark, lane._join, lane._join_mark, lane._row, _hand_over)
+    counts = [program._cache_size() for program in programs]
+    for think, answer, fill in itertools.product(BUDGETS, BUDGETS, FILLS):
+        control = Control(20, 4, 'uv', 'wq', 'hand-over', fill)
+        engine.submit(job('abcuv', answer, 4, sampling=Sampling(1.0), think=think, control=control), Told())
+        run(engine)
+    assert [program._cache_size() for program in programs] == counts
+
+
+def test_a_context_has_room_for_a_prompt_and_a_token():
+    with pytest.raises(UserError, match='context=1 must be at least 2'):
+        Limits(context=1)
 
 
 def test_memory_is_reported():
