@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import anyio
@@ -22,7 +22,7 @@ from elastic_jax.data.chat import ChatTemplate
 from elastic_jax.errors import UserError
 from elastic_jax.infer.budget_control import closing_of
 from elastic_jax.infer.text import encode_within
-from elastic_jax.serve.engine import Job, Overloaded, Progress
+from elastic_jax.serve.engine import Closed, Job, Overloaded, Progress
 from elastic_jax.serve.replies import DONE, Reply, error_object, event
 from elastic_jax.serve.runner import Choices, Runner
 from elastic_jax.serve.schema import ChatRequest, Common, CompletionRequest
@@ -37,6 +37,8 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, kind: str = 'invalid_request_error', param: str | None = None, code: str = ''):
         super().__init__(message)
         self.status, self.body = status, error_object(message, kind, param, code or None)
+        # OpenAI's client sends what timed out again, which would take as long again.
+        self.headers = {'x-should-retry': 'false'} if status == 408 else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Service:
         return {'id': name, 'object': 'model', 'created': self.created, 'owned_by': 'elastic_jax', **own}
 
     async def health(self, request: Request) -> Response:
+        if self.runner.engine.closed:
+            return JSONResponse({'status': 'stopped'}, 503)
         return JSONResponse({'status': 'ok', **self.runner.engine.report()})
 
     async def completions(self, request: Request) -> Response:
@@ -133,11 +137,16 @@ class Service:
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         if self.runner.engine.full():
             raise Overloaded('every queue is full; try again later')
-        raw = b''
-        async for part in request.stream():
-            raw += part
-            if len(raw) > self.body_bytes:
-                raise Refused(413, f'the request has more than {self.body_bytes} bytes; send a shorter one')
+        raw, seconds = b'', self.runner.engine.limits.seconds
+        try:
+            with anyio.fail_after(seconds):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > self.body_bytes:
+                        raise Refused(413, f'the request has more than {self.body_bytes} bytes; send a shorter one')
+        except TimeoutError as error:
+            message = f'the request was not there after {seconds:g} seconds; send it faster'
+            raise Refused(408, message, 'timeout', code='timeout') from error
         try:
             return kind.model_validate_json(raw)
         except pydantic.ValidationError as error:
@@ -220,19 +229,19 @@ async def _unless_gone(request: Request, choices: Choices) -> list[Progress]:
     return found
 
 
-def make_app(service: Service) -> Starlette:
-    """The ASGI application; its lifespan is that of the engine's thread."""
+def make_app(service: Service, when_broken: Callable[[], None] = lambda: None) -> Starlette:
+    """The ASGI application; its lifespan is that of the engine's thread, which calls `when_broken` if it ends by itself."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.runner.start()
+        service.runner.start(when_broken)
         try:
             yield
         finally:
             await anyio.to_thread.run_sync(service.runner.stop)
 
     def refused(request: Request, error: Any) -> Response:
-        return JSONResponse(error.body, error.status)
+        return JSONResponse(error.body, error.status, headers=error.headers)
 
     def bad(request: Request, error: Any) -> Response:
         return JSONResponse(error_object(str(error), 'invalid_request_error'), 400)
@@ -240,6 +249,9 @@ def make_app(service: Service) -> Starlette:
     def overloaded(request: Request, error: Any) -> Response:
         body = error_object(str(error), 'rate_limit_error', code='rate_limit_exceeded')
         return JSONResponse(body, 429, headers={'retry-after': str(RETRY_SECONDS)})
+
+    def closed(request: Request, error: Any) -> Response:
+        return JSONResponse(error_object(str(error), 'server_error'), 503)
 
     def no_such(request: Request, error: Any) -> Response:
         body = error_object(f'{request.method} {request.url.path}: {error.detail}', 'invalid_request_error')
@@ -260,6 +272,7 @@ def make_app(service: Service) -> Starlette:
             Refused: refused,
             UserError: bad,
             Overloaded: overloaded,
+            Closed: closed,
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: no_such,
             Exception: failed,

@@ -30,6 +30,10 @@ class Overloaded(WorkError):
     """The queue of a size is full."""
 
 
+class Closed(WorkError):
+    """The engine runs no more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What the engine takes on.
@@ -51,12 +55,12 @@ class Limits:
         for name in ('slots', 'queue', 'context', 'seconds', 'piece', 'prefill'):
             if not getattr(self, name) > 0:
                 raise UserError(f'{name}={getattr(self, name)} must be above 0')
+        if self.context < 2:
+            raise UserError(f'context={self.context} must be at least 2: a token of the prompt and one that is drawn')
 
 
 DEFAULT = Limits()
 
-        if self.context < 2:
-            raise UserError(f'context={self.context} must be at least 2: a token of the prompt and one that is drawn')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -152,6 +156,7 @@ class Engine:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(sizes.archs, 0)
         self._arrived: deque[Request] = deque()
+        self.closed = False
         self._open_lanes()
 
     def _open_lanes(self) -> None:
@@ -165,7 +170,7 @@ class Engine:
     def submit(self, job: Job, listener: Listener) -> Request:
         """Takes a job on, or raises Overloaded at once. `listener` is called by the thread that steps.
 
-        Raises: UserError for a size that is not there, and for more tokens than a slot holds.
+        Raises: UserError for a size that is not there, and for more tokens than a slot holds; Closed when it runs no more.
         """
         first, thinks = job.first, job.think is not None
         for name in (first, job.budget):
@@ -185,6 +190,8 @@ class Engine:
         deadline = self._clock() + self.limits.seconds
         request = Request(job, listener, deadline, first, list(job.tokens), closing, thinks)
         with self._lock:
+            if self.closed:
+                raise Closed('the server has stopped and takes on no more requests; start it again')
             if self._counts[first] >= self.limits.slots + self.limits.queue:
                 raise Overloaded(f'{first}: {self._counts[first]} requests are running or waiting already; try again later')
             self._counts[first] += 1
@@ -225,14 +232,24 @@ class Engine:
 
     def fail(self) -> None:
         """Ends all requests as failed and begins anew with empty slots."""
+        self._end_all()
+        self._open_lanes()
+
+    def close(self) -> None:
+        """Ends all requests as failed, and takes on no more."""
+        with self._lock:
+            self.closed = True
+        self._end_all()
+
+    def _end_all(self) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, deque()
         queued = [request for queue in self._queues.values() for request in queue]
         running = [request for rows in self._rows.values() for request in rows if request is not None]
-        self._lanes.clear()  # before there are new ones: memory need not hold the caches of both
-        self._open_lanes()
+        # Let go of before there are new ones: memory need not hold the caches of both. Others may be reading the old lists.
+        self._lanes, self._queues, self._rows = {}, {}, {}
         for request in (*arrived, *queued, *running):
-            request.slot = None
+            request.slot = request.prefill = request.given = None
             self._end(request, 'failed')
 
     def _sweep(self) -> None:

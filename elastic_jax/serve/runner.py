@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from elastic_jax.serve.engine import Engine, Job, Progress, Request
 
@@ -13,14 +13,20 @@ LOG = logging.getLogger('elastic_jax.serve')
 
 
 class Runner:
-    """Steps an engine in a thread of its own, from `start` to `stop`."""
+    """Steps an engine in a thread of its own, from `start` to `stop`, after which it is closed.
+
+    `broken` says that the thread ended by itself, as the engine could not begin anew after a failure.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._wake, self._stopping = threading.Event(), False
+        self.broken = False
+        self._wake, self._stopping, self._when_broken = threading.Event(), False, lambda: None
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
 
-    def start(self) -> None:
+    def start(self, when_broken: Callable[[], None] = lambda: None) -> None:
+        """Starts the thread, which calls `when_broken` should it be broken."""
+        self._when_broken = when_broken
         self._thread.start()
 
     def stop(self) -> None:
@@ -33,6 +39,16 @@ class Runner:
         self._wake.set()
 
     def _run(self) -> None:
+        try:
+            self._steps()
+        except Exception:
+            LOG.exception('the engine cannot begin anew; it stops')
+            self.broken = True
+        self.engine.close()
+        if self.broken:
+            self._when_broken()
+
+    def _steps(self) -> None:
         while not self._stopping:
             self._wake.clear()
             try:
@@ -45,7 +61,6 @@ class Runner:
             if not worked:
                 # Waiting requests have deadlines even when nothing decodes.
                 self._wake.wait(timeout=1.0 if self.engine.outstanding else None)
-        self.engine.fail()
 
 
 class Choices:

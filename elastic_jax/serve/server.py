@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket
 import time
@@ -53,30 +54,43 @@ def warm(engine: Engine) -> None:
         run(Job((0,) * room, answer, 1, think=think, control=control))
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises: UserError for a host that is not this machine, WorkError for a port not to be had."""
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f'--host={host} is no address of this machine ({error.strerror}); give another --host') from error
+        raise WorkError(f'cannot listen on {host}:{port} ({error.strerror}); give another --port') from error
+
+
 def serve(
     sizes: Sizes,
     budgets: Mapping[str, Budget],
     limits: Limits,
-    host: str,
-    port: int,
+    listening: socket.socket,
     chat_template: str = '',
     body_bytes: int = 2**20,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Serves until SIGINT or SIGTERM: then no more are taken on, and those that are running get SHUTDOWN_SECONDS to end.
 
-    Raises: OSError when it cannot listen there.
+    Raises: WorkError when the engine has failed and cannot begin anew.
     """
     service = make_service(sizes, budgets, limits, chat_template, body_bytes)
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=256) as listening:
+    with listening:
         say(f'compiling for {", ".join(sizes.archs)}')
         warm(service.runner.engine)
         memory = service.runner.engine.report()['memory']
         parts = ', '.join(f'{memory[f"{part}_bytes"] / 2**20:.1f} MiB of {part}' for part in ('resident', 'slices', 'caches'))
-        address = f'[{host}]' if ':' in host else host
-        say(f'serving on http://{address}:{listening.getsockname()[1]}/v1 ({parts})')
+        host, port, *_ = listening.getsockname()
+        say(f'serving on http://{f"[{host}]" if ":" in host else host}:{port}/v1 ({parts})')
+        stop = lambda: setattr(server, 'should_exit', True)
         config = uvicorn.Config(
-            make_app(service), log_level='warning', timeout_graceful_shutdown=SHUTDOWN_SECONDS, timeout_keep_alive=30
+            make_app(service, stop), log_level='warning', timeout_graceful_shutdown=SHUTDOWN_SECONDS, timeout_keep_alive=30
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+        server.run(sockets=[listening])
+    if service.runner.broken:
+        raise WorkError('the server stopped, as it could not make room anew after a failure (above); start it again')

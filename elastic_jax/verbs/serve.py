@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from elastic_jax.errors import UserError, WorkError
+from elastic_jax.errors import UserError
 from elastic_jax.verbs import flags
 
 SUMMARY = 'Serve every budget of a checkpoint over HTTP, as OpenAI serves models, from one set of weights.'
@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        from elastic_jax.serve.server import serve
+        from elastic_jax.serve.server import listen, serve
     except ImportError as error:
         raise UserError(f"elastic serve needs {error.name}: pip install 'elastic_jax[serve]'") from error
     from elastic_jax.api import open_checkpoint
@@ -51,12 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 2**16:
         raise UserError(f'--port={arguments.port} must be from 0 to 65535')
     checkpoint = open_checkpoint(arguments.checkpoint)
+    listening = listen(arguments.host, arguments.port)  # before weights are read, which may take long
     budgets = arguments.budgets.split(',') if arguments.budgets else None
     sizes = checkpoint.load_sizes(budgets, limit_bytes=arguments.slice_bytes, dtype=arguments.dtype)
     said = lambda line: print(line, file=sys.stderr, flush=True)
     options = {'chat_template': arguments.chat_template, 'body_bytes': arguments.body_bytes, 'say': said}
-    try:
-        serve(sizes, {name: checkpoint.budgets[name] for name in sizes.archs}, limits, arguments.host, arguments.port, **options)
-    except OSError as error:
-        raise WorkError(f'cannot listen on {arguments.host}:{arguments.port} ({error.strerror}); give another --port') from error
+    serve(sizes, {name: checkpoint.budgets[name] for name in sizes.archs}, limits, listening, **options)
     return 0

@@ -22,11 +22,13 @@ from elastic_jax.checkpoint.manifest import Budget
 from elastic_jax.cli import main
 from elastic_jax.cost import cost_of
 from elastic_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from elastic_jax.errors import UserError, WorkError
 from elastic_jax.infer.budget_control import Control, think_then_answer
 from elastic_jax.infer.generate import generate
 from elastic_jax.infer.resident import Resident
 from elastic_jax.infer.sampling import Sampling
 from elastic_jax.infer.sizes import Sizes
+from elastic_jax.serve import server
 from elastic_jax.serve.app import make_app
 from elastic_jax.serve.engine import Engine, Limits
 from elastic_jax.serve.runner import Runner
@@ -54,7 +56,9 @@ class Served:
         self.service = make_service(SIZES, BUDGETS, limits, body_bytes=body_bytes)
         self.socket = socket.create_server(('127.0.0.1', 0))
         self.url = f'http://127.0.0.1:{self.socket.getsockname()[1]}/v1'
-        self.server = uvicorn.Server(uvicorn.Config(make_app(self.service), log_level='error', timeout_graceful_shutdown=2))
+        self.broken = threading.Event()
+        app = make_app(self.service, self.broken.set)
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level='error', timeout_graceful_shutdown=2))
         self.thread = threading.Thread(target=self.server.run, kwargs={'sockets': [self.socket]})
         self.thread.start()
 
@@ -67,7 +71,8 @@ class Served:
     def close(self):
         self.server.should_exit = True
         self.thread.join(30)
-        assert not self.thread.is_alive()
+        assert not self.thread.is_alive() and self.service.runner.engine.closed
+        assert not self.service.runner.engine._lanes, 'a server that stops makes room for no more'
 
 
 def until(condition, seconds=30):
@@ -275,14 +280,14 @@ GOOD = {'model': 'full', 'prompt': 'abc', 'max_tokens': 4}
         ('completions', GOOD | {'temprature': 1}, 400, 'temprature: Extra inputs are not permitted'),
         ('completions', GOOD | {'logprobs': 3}, 400, 'logprobs: '),
         ('completions', GOOD | {'stop': ['']}, 400, 'stop: '),
+        ('completions', '{"model": "full", "prompt": "a", "temperature": Infinity}', 400, 'temperature: '),
+        ('completions', '{"model": "full", "prompt": "a", "repetition_penalty": Infinity}', 400, 'repetition_penalty: '),
+        ('completions', 'null', 400, 'should be an object'),
         ('completions', GOOD | {'stop': ['x' * 1001]}, 400, 'each of 1 to 1000 characters'),
         ('completions', '{"model": ', 400, 'Invalid JSON'),
         ('completions', GOOD | {'prompt': 'a' * 5000}, 413, 'more than 4000 bytes'),
         ('chat/completions', {'model': 'full', 'messages': []}, 400, 'messages: '),
         ('chat/completions', {'model': 'full', 'messages': [{'role': 'tool', 'content': 'x'}]}, 400, 'messages.0.role: '),
-        ('completions', '{"model": "full", "prompt": "a", "temperature": Infinity}', 400, 'temperature: '),
-        ('completions', '{"model": "full", "prompt": "a", "repetition_penalty": Infinity}', 400, 'repetition_penalty: '),
-        ('completions', 'null', 400, 'should be an object'),
         ('nothing', {}, 404, 'POST /v1/nothing: Not Found'),
     ],
 )
@@ -296,11 +301,6 @@ def test_bad_requests_get_the_standard_error_object(served, path, body, status, 
     assert set(error) == {'message', 'type', 'param', 'code'}
 
 
-def test_openai_raises_its_own_errors(client):
-    for field in ('model', 'think', 'answer'):
-        with pytest.raises(openai.NotFoundError) as raised:
-            client.completions.create(**GOOD, extra_body={field: 'gpt'})
-        assert raised.value.param == field
 def test_nulls_and_what_changes_nothing_are_taken_and_an_answer_may_be_sent_back(client):
     nothing = dict.fromkeys(('n', 'stream', 'top_p', 'top_logprobs', 'logit_bias', 'seed', 'stop'))
     own = {'top_k': None, 'repetition_penalty': None, 'think': None, 'safety_identifier': 'x'}
@@ -321,6 +321,11 @@ def test_nulls_and_what_changes_nothing_are_taken_and_an_answer_may_be_sent_back
         assert client.chat.completions.create(messages=[*messages, again, *messages], **options).choices
 
 
+def test_openai_raises_its_own_errors(client):
+    for field in ('model', 'think', 'answer'):
+        with pytest.raises(openai.NotFoundError) as raised:
+            client.completions.create(**GOOD, extra_body={field: 'gpt'})
+        assert raised.value.param == field
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**GOOD, extra_body={'top_k': -1})
 
@@ -330,7 +335,10 @@ def test_a_request_that_takes_too_long_and_a_step_that_fails_end_in_errors_and_t
     try:
         with pytest.raises(openai.APIStatusError) as raised:
             served.client().completions.create(**GOOD | {'max_tokens': 300})
-        assert raised.value.status_code == 408
+        assert raised.value.status_code == 408 and raised.value.response.headers['x-should-retry'] == 'false'
+        with socket.create_connection(('127.0.0.1', served.socket.getsockname()[1]), timeout=30) as slow:
+            slow.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{')
+            assert b' 408 ' in slow.recv(1000)
     finally:
         served.close()
     served = Served()
@@ -344,6 +352,37 @@ def test_a_request_that_takes_too_long_and_a_step_that_fails_end_in_errors_and_t
         assert served.client().completions.create(**GOOD, temperature=0).choices[0].text == expected
     finally:
         served.close()
+
+
+def test_an_engine_that_cannot_begin_anew_turns_everyone_away(monkeypatch):
+    served = Served()
+    try:
+        engine = served.service.runner.engine
+        monkeypatch.setattr(engine, '_decode', lambda *_: 1 / 0)
+        monkeypatch.setattr(engine, '_open_lanes', lambda: 1 / 0)
+        for status in (500, 503):
+            with pytest.raises(openai.InternalServerError) as raised:
+                served.client().completions.create(**GOOD)
+            assert raised.value.status_code == status and served.broken.wait(30)
+        with pytest.raises(urllib.error.HTTPError, match='503'):
+            urllib.request.urlopen(f'{served.url[:-3]}/health')
+    finally:
+        served.close()
+
+
+def test_a_server_whose_engine_cannot_begin_anew_ends_with_one_sentence(monkeypatch):
+    monkeypatch.setattr(server, 'warm', lambda engine: None)
+    monkeypatch.setattr(Runner, '_steps', lambda self: 1 / 0)
+    with pytest.raises(WorkError, match='the server stopped, as it could not make room anew'):
+        server.serve(SIZES, BUDGETS, LIMITS, server.listen('127.0.0.1', 0))
+
+
+def test_what_cannot_be_listened_on_says_whether_host_or_port_is_wrong():
+    with server.listen('127.0.0.1', 0) as taken:
+        with pytest.raises(WorkError, match='give another --port'):
+            server.listen('127.0.0.1', taken.getsockname()[1])
+        with pytest.raises(UserError, match=r'--host=192\.0\.2\.1 is no address of this machine'):
+            server.listen('192.0.2.1', 0)
 
 
 def test_a_port_that_cannot_be_is_refused(capsys):
