@@ -79,18 +79,17 @@ def serve(
     Raises: WorkError when the engine has failed and cannot begin anew.
     """
     service = make_service(sizes, budgets, limits, chat_template, body_bytes)
-    with listening:
-        say(f'compiling for {", ".join(sizes.archs)}')
-        warm(service.runner.engine)
-        memory = service.runner.engine.report()['memory']
-        parts = ', '.join(f'{memory[f"{part}_bytes"] / 2**20:.1f} MiB of {part}' for part in ('resident', 'slices', 'caches'))
-        host, port, *_ = listening.getsockname()
-        say(f'serving on http://{f"[{host}]" if ":" in host else host}:{port}/v1 ({parts})')
-        stop = lambda: setattr(server, 'should_exit', True)
-        config = uvicorn.Config(
-            make_app(service, stop), log_level='warning', timeout_graceful_shutdown=SHUTDOWN_SECONDS, timeout_keep_alive=30
-        )
-        server = uvicorn.Server(config)
-        server.run(sockets=[listening])
+    say(f'compiling for {", ".join(sizes.archs)}')
+    warm(service.runner.engine)
+    memory = service.runner.engine.report()['memory']
+    parts = ', '.join(f'{memory[f"{part}_bytes"] / 2**20:.1f} MiB of {part}' for part in ('resident', 'slices', 'caches'))
+    host, port, *_ = listening.getsockname()
+    say(f'serving on http://{f"[{host}]" if ":" in host else host}:{port}/v1 ({parts})')
+    stop = lambda: setattr(server, 'should_exit', True)
+    config = uvicorn.Config(
+        make_app(service, stop), log_level='warning', timeout_graceful_shutdown=SHUTDOWN_SECONDS, timeout_keep_alive=30
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
     if service.runner.broken:
         raise WorkError('the server stopped, as it could not make room anew after a failure (above); start it again')

@@ -51,10 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 2**16:
         raise UserError(f'--port={arguments.port} must be from 0 to 65535')
     checkpoint = open_checkpoint(arguments.checkpoint)
-    listening = listen(arguments.host, arguments.port)  # before weights are read, which may take long
-    budgets = arguments.budgets.split(',') if arguments.budgets else None
-    sizes = checkpoint.load_sizes(budgets, limit_bytes=arguments.slice_bytes, dtype=arguments.dtype)
-    said = lambda line: print(line, file=sys.stderr, flush=True)
-    options = {'chat_template': arguments.chat_template, 'body_bytes': arguments.body_bytes, 'say': said}
-    serve(sizes, {name: checkpoint.budgets[name] for name in sizes.archs}, limits, listening, **options)
+    # Before weights are read, which may take long.
+    with listen(arguments.host, arguments.port) as listening:
+        budgets = arguments.budgets.split(',') if arguments.budgets else None
+        sizes = checkpoint.load_sizes(budgets, limit_bytes=arguments.slice_bytes, dtype=arguments.dtype)
+        said = lambda line: print(line, file=sys.stderr, flush=True)
+        options = {'chat_template': arguments.chat_template, 'body_bytes': arguments.body_bytes, 'say': said}
+        serve(sizes, {name: checkpoint.budgets[name] for name in sizes.archs}, limits, listening, **options)
     return 0
