@@ -46,7 +46,11 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: Mapping[str, str], where: str):
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False, extensions=[_Generation, 'jinja2.ext.loopcontrols']
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=False,
+            extensions=[_Generation, 'jinja2.ext.loopcontrols'],
+            finalize=lambda value: '' if value is None else value,  # content may be null, and the word None is in no chat
         )
         environment.filters['tojson'] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals['raise_exception'] = _raise
@@ -125,9 +129,12 @@ def load_template(path: str, tokenizer: Any) -> ChatTemplate | None:
     """The template in a file, else the tokenizer's own; None when there is neither. Raises UserError for one that is damaged."""
     if path:
         try:
-            return ChatTemplate(Path(path).read_text(), tokenizer.special_tokens(), path)
+            text = Path(path).read_text('utf-8')
         except OSError as error:
             raise UserError(f'data.chat_template: {path} cannot be read ({error.strerror or error})') from error
+        except UnicodeDecodeError as error:
+            raise UserError(f'data.chat_template: {path} is not UTF-8 ({error}); give a file of text with a template') from error
+        return ChatTemplate(text, tokenizer.special_tokens(), path)
     if tokenizer.chat_template is None:
         return None
     return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens(), 'the tokenizer')

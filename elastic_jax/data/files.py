@@ -24,6 +24,14 @@ FORMAT_OF_SUFFIX = {
     '.array_record': 'arrayrecord',
     '.arrayrecord': 'arrayrecord',
 }
+# Byte order marks; those of UTF-32 first, as one begins with one of UTF-16.
+MARKS = {
+    codecs.BOM_UTF8: 'utf-8',
+    codecs.BOM_UTF32_LE: 'utf-32-le',
+    codecs.BOM_UTF32_BE: 'utf-32-be',
+    codecs.BOM_UTF16_LE: 'utf-16-le',
+    codecs.BOM_UTF16_BE: 'utf-16-be',
+}
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 # What reading a damaged file raises, compressed ones included.
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -103,17 +111,14 @@ def _why(error: BaseException) -> str:
 def encoding_of(stream: Any, encoding: str, report: Report) -> str:
     """The encoding of a file just opened: as configured, unless a byte order mark says otherwise.
 
-    The stream then stands after the mark. UTF-16 found so is counted in `report`.
+    The stream then stands after the mark. What is not UTF-8 by its mark is counted in `report`.
     """
     head = stream.read(4)
-    mark = next((mark for mark in (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) if head.startswith(mark)), b'')
+    mark = next((mark for mark in MARKS if head.startswith(mark)), b'')
     stream.seek(len(mark))
-    if mark == codecs.BOM_UTF8:
-        return 'utf-8'
-    if mark:
+    if mark and mark != codecs.BOM_UTF8:
         report.recoded_files += 1
-        return 'utf-16-le' if mark == codecs.BOM_UTF16_LE else 'utf-16-be'
-    return encoding
+    return MARKS.get(mark, encoding)
 
 
 def lines(stream: Any, encoding: str) -> Iterator[tuple[int, bytes | None, str]]:
@@ -141,9 +146,9 @@ def recoded(content: bytes, encoding: str) -> bytes:
 
 
 def check_encoding(encoding: str) -> None:
-    """Raises UserError for an encoding that Python does not know."""
+    """Raises UserError for an encoding of text that Python does not know."""
     if encoding != 'bytes':
         try:
-            codecs.lookup(encoding)
+            ''.encode(encoding)
         except LookupError as error:
             raise UserError(f'data.encoding={encoding!r} is unknown; use utf-8, latin-1, cp1252, utf-16, … or bytes') from error

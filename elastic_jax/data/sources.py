@@ -43,10 +43,11 @@ def documents(source: SourceConfig, template: ChatTemplate | None, report: Repor
         report.files += 1
         before = (report.documents, report.bad_lines)
         try:
-            if not file.system.info(file.path).get('size', 1):
+            if file.system.info(file.path).get('size') == 0:  # None where a server does not say
                 report.empty_files += 1
                 continue
             kind = source.format or file.format
+            _check_kind(file, kind, source)
             found = _text(file, source, report) if kind == 'text' else _records(file, kind, source, template, report)
             for document in found:
                 if document.content.strip():
@@ -61,6 +62,16 @@ def documents(source: SourceConfig, template: ChatTemplate | None, report: Repor
             report.empty_files += 1
     if not report.documents:
         raise UserError(f'data.path {source.path} has no text in {report.files} file(s); give files that are not empty')
+
+
+def _check_kind(file: File, kind: str, source: SourceConfig) -> None:
+    if not source.format and file.path.endswith('.json'):
+        raise UserError(
+            f"{file.name} is JSON, which is not read as a whole: write one object a line (JSONL), or say data.format='jsonl' "
+            "where it is so already, 'text' to take it as it is"
+        )
+    if kind == 'jsonl' and source.encoding == 'bytes':
+        raise UserError(f"{file.name} is JSONL, which is text: give its encoding as data.encoding, such as 'utf-8', not 'bytes'")
 
 
 def _stdlib(report: Report) -> Iterator[Document]:

@@ -189,12 +189,14 @@ class HFTokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, [vocab_size]; special tokens stand for none."""
-        kinds = self._decoders()
+        kinds, added = self._decoders(), self.tokenizer.get_added_tokens_decoder()
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items():
             if i in self._hidden:
                 continue
-            if 'ByteLevel' in kinds:
+            if i in added:
+                lengths[i] = len(token.encode())  # stands for itself, whatever the others are written in
+            elif 'ByteLevel' in kinds:
                 lengths[i] = len(token)  # one printable character per byte
             elif token.startswith('<0x') and len(token) == 6:
                 lengths[i] = 1  # byte fallback

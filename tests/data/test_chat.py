@@ -40,6 +40,12 @@ def test_answers_are_what_the_assistant_wrote_with_the_end_of_its_turn(template)
     assert [text[a:b] for a, b in answers] == ['Zwölf.<|im_end|>', 'No 🙂.<|im_end|>']
 
 
+@pytest.mark.parametrize('template', [CHATML, UNMARKED], ids=['marked', 'unmarked'])
+def test_content_that_is_null_is_no_word(template):
+    text, answers = ChatTemplate(template, {}, 'test').render([CHAT[1], {'role': 'assistant', 'content': None}])
+    assert text.endswith('<|im_start|>assistant\n<|im_end|>\n') and [text[a:b] for a, b in answers] == ['<|im_end|>']
+
+
 def test_an_earlier_answer_that_loses_its_thinking_is_context():
     chat = [
         {'role': 'user', 'content': 'a'},
@@ -137,11 +143,13 @@ def test_a_mixture_scores_each_source_its_own_way(tmp_path):
         ({'messages': CHAT}, {'chat_template': 'broken.jinja'}, 'is not valid Jinja'),
         ({'messages': CHAT}, {'chat_template': 'none.jinja'}, r'none\.jinja cannot be read'),
         ({'messages': [{'role': 'assistant', 'content': '\x00/answer\x00'}]}, {}, 'holds the marks of answers'),
+        ({'messages': CHAT}, {'chat_template': 'latin.jinja'}, r'latin\.jinja is not UTF-8'),
         ({'messages': CHAT}, {'loss': 'none'}, "unknown data.loss 'none'"),
     ],
 )
 def test_what_is_no_chat_is_said_with_its_line(tmp_path, line, changes, message):
     (tmp_path / 'refusing.jinja').write_text("{{ raise_exception('chats begin with a system message') }}")
+    (tmp_path / 'latin.jinja').write_bytes(b'gr\xf6\xdfe')
     (tmp_path / 'broken.jinja').write_text('{% for %}')
     changes = {key: str(tmp_path / value) if value.endswith('.jinja') else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message):

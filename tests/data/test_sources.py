@@ -120,13 +120,30 @@ def test_text_in_another_encoding_is_read_as_configured_or_passed_over_by_line(t
     assert read(path, encoding='latin-1')[0] == ['erste\ngröße\nletzte\n']
     source = make_source(path, encoding='bytes')
     assert next(documents(source, None, Report())).content == path.read_bytes()
-    with pytest.raises(UserError, match='latin-7x'):
-        read(path, encoding='latin-7x')
     path.write_bytes(b'\xef\xbb\xbfplain')
     assert read(path)[0] == ['plain']
-    path.write_bytes('größe'.encode('utf-16'))
-    texts, report = read(path)
-    assert texts == ['größe'] and report.recoded_files == 1
+    for wide in ('utf-16', 'utf-32'):
+        path.write_bytes('größe'.encode(wide))
+        texts, report = read(path)
+        assert texts == ['größe'] and report.recoded_files == 1
+    for encoding in ('zip', 'latin-7x'):
+        with pytest.raises(UserError, match=f"data.encoding='{encoding}' is unknown"):
+            read(path, encoding=encoding)
+    path.with_suffix('.jsonl').write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=r'a\.jsonl is JSONL, which is text: give its encoding'):
+        read(path.with_suffix('.jsonl'), encoding='bytes')
+    path.with_suffix('.json').write_text('[{"text": "a"}]')
+    with pytest.raises(UserError, match=r'a\.json is JSON, which is not read as a whole'):
+        read(path.with_suffix('.json'))
+    assert read(path.with_suffix('.json'), format='text')[0] == ['[{"text": "a"}]']
+
+
+def test_a_file_whose_size_no_server_says_is_not_empty(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('words')
+    system = fsspec.filesystem('file')
+    plain = system.info
+    monkeypatch.setattr(type(system), 'info', lambda self, path, **more: plain(path, **more) | {'size': None})
+    assert read(tmp_path / 'a.txt')[0] == ['words']
 
 
 def test_damaged_parquet_and_arrayrecord_files_are_named(tmp_path):

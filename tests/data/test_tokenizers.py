@@ -41,6 +41,16 @@ def test_a_hugging_face_tokenizer_round_trips_and_its_tokens_bytes_add_up(bpe_fo
     assert ids.dtype == np.int32
 
 
+def test_added_tokens_stand_for_their_own_text_in_byte_level_bpe(tmp_path):
+    path = write_tokenizer(tmp_path) / 'tokenizer.json'
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([tokenizers.AddedToken('<｜tool▁sep｜>', special=False)])
+    tokenizer.save(str(path))
+    text = 'def <｜tool▁sep｜> größe'
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.byte_lengths()[loaded.encode(text)].sum() == len(text.encode())
+
+
 def test_a_growing_text_of_byte_tokens_keeps_what_it_has_shown(tmp_path):
     """Characters without tokens of their own, one after another: each is shown once it is complete, whatever follows."""
     tokenizer = load_tokenizer(str(write_byte_fallback(tmp_path)))
