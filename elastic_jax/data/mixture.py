@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
-LONGEST_PERIOD = 4096
+PERIOD, LONGEST_PERIOD = 4096, 2**20
+OFF = Fraction(1, 50)  # of its share, which a source may have more or less
 
 
 class Mixture:
@@ -39,19 +40,28 @@ class Mixture:
 
 
 def period_counts(weights: Sequence[float]) -> list[int]:
-    """Rows of each source in a period: the smallest period that holds the shares exactly, else one of LONGEST_PERIOD rows.
+    """Rows of each source in a period: the smallest period that holds the shares exactly, else one that holds them nearly.
 
-    Shares are read as written (0.7 is 7/10). In the longest period every source with a weight has at least one row.
+    Shares are read as written (0.7 is 7/10). A period has no more than PERIOD rows unless some share would be off by more than
+    OFF, as that of a very small source is, and never more than LONGEST_PERIOD. Every source with a weight has at least one row.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)
     shares = [weight / total for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period <= LONGEST_PERIOD:
-        return [int(share * period) for share in shares]
-    counts = [max(1, math.floor(share * LONGEST_PERIOD)) if share else 0 for share in shares]
-    missing = LONGEST_PERIOD - sum(counts)
-    by_remainder = sorted(range(len(shares)), key=lambda s: counts[s] - shares[s] * LONGEST_PERIOD)
+    exactly = math.lcm(*(share.denominator for share in shares))
+    for period in (PERIOD, LONGEST_PERIOD):
+        if exactly <= period:
+            return [int(share * exactly) for share in shares]
+        counts = _nearest(shares, period)
+        if all(abs(count - share * period) <= OFF * share * period for count, share in zip(counts, shares, strict=True)):
+            break
+    return counts
+
+
+def _nearest(shares: Sequence[Fraction], period: int) -> list[int]:
+    counts = [max(1, math.floor(share * period)) if share else 0 for share in shares]
+    missing = period - sum(counts)
+    by_remainder = sorted(range(len(shares)), key=lambda s: counts[s] - shares[s] * period)
     for s in by_remainder[: max(missing, 0)]:
         counts[s] += 1
     return counts

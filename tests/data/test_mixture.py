@@ -50,6 +50,14 @@ def test_a_period_holds_the_shares_as_written(weights, expected):
         assert abs(Fraction(count, sum(counts)) - Fraction(weight) / Fraction(sum(weights))) < 2e-5
 
 
+@pytest.mark.parametrize('weights', [[1_000_000, 10], [0.99, 0.01 / 7], [123_456_789, 98_765, 4_321]])
+def test_a_small_source_has_its_share_and_no_multiple_of_it(weights):
+    counts = period_counts(weights)
+    assert sum(counts) <= LONGEST_PERIOD
+    for count, weight in zip(counts, weights, strict=True):
+        assert count / sum(counts) == pytest.approx(weight / sum(weights), rel=0.02)
+
+
 def test_the_smallest_source_is_not_lost():
     assert period_counts([1e-9, 1.0, 1 / 7])[0] == 1
 
