@@ -25,7 +25,7 @@ from elastic_jax.data.files import expand
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError, WorkError
 
-FORMAT = 1
+FORMAT = 2
 MARKER = 'complete.json'
 
 
@@ -153,9 +153,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def stamps(source: SourceConfig) -> list[Any]:
+    """What changes when a file of the source does. Raises UserError when there is none."""
+    return [file.stamp() for file in expand(source.path)] if source.path else [sys.version]
+
+
 def source_key(source: SourceConfig, tokenizer: Tokenizer, template: str) -> str:
     """Hash of all that a source's tokens depend on: settings, tokenizer, chat template, and every file's name, size and time."""
     settings = {name: value for name, value in dataclasses.asdict(source).items() if name not in ('name', 'cache')}
-    stamps = [file.stamp() for file in expand(source.path)] if source.path else [sys.version]
-    content = json.dumps([FORMAT, settings, tokenizer.identity(), template, stamps], sort_keys=True, default=str)
+    content = json.dumps([FORMAT, settings, tokenizer.identity(), template, stamps(source)], sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -36,7 +36,7 @@ def default_data_config() -> ConfigDict:
             # 'concat' stands documents end to end and cuts rows out; 'whole' fills rows with whole documents and pads the rest.
             'packing': 'concat',
             'tokenizer': 'bytes',  # or a folder with tokenizer.json
-            'heldout_fraction': 0.05,  # of the documents, chosen by their content
+            'heldout_fraction': 0.05,  # of the documents, chosen by their content; of a single text, its end
             'max_bad_lines': 0,  # damaged lines (of each source) that are passed over; one more is an error
             # A folder of this machine that keeps the tokens, mapped into memory: for more than memory holds, and to read once.
             'cache': '',
@@ -61,6 +61,8 @@ class SourceConfig:
     cache: str
 
 
+# What may be said of one file that is scored.
+PER_FILE = ('format', 'field', 'encoding', 'chat_template', 'loss', 'max_bad_lines')
 PER_SOURCE = ('path', 'format', 'field', 'encoding', 'chat_template', 'loss', 'heldout_fraction', 'max_bad_lines')
 
 
@@ -80,6 +82,12 @@ def stage_data(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     if changes.get('tokenizer', config.tokenizer) != config.tokenizer:
         raise UserError('a stage cannot change data.tokenizer: the parent has one vocabulary; set it in config.data')
     return complete(complete(config).to_dict() | changes)
+
+
+def file_data(config: ConfigDict | Mapping[str, Any], path: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """`config.data` turned to all of one file, held out; `changes` replace keys of PER_FILE."""
+    whole = {'path': path, 'format': '', 'sources': {}, 'weights': {}, 'heldout_fraction': 1.0, 'cache': ''}
+    return complete(complete(config).to_dict() | whole | dict(changes))
 
 
 def sources_of(config: ConfigDict) -> tuple[tuple[SourceConfig, float | None], ...]:

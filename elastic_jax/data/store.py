@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from elastic_jax.data.cache import ArrayFiles, cached, source_key
+from elastic_jax.data.cache import ArrayFiles, cached, source_key, stamps
 from elastic_jax.data.chat import ChatTemplate, load_template
 from elastic_jax.data.config import SourceConfig
 from elastic_jax.data.report import Report
@@ -51,12 +52,15 @@ class Corpus:
 
 
 def load_corpus(source: SourceConfig) -> Corpus:
-    """Reads and tokenises a source; kept for the process's later stages. Raises UserError when it cannot be read."""
-    return _load(json.dumps(dataclasses.asdict(source), sort_keys=True))
+    """Reads and tokenises a source; kept for the process's later stages, until a file of it changes.
+
+    Raises: UserError when it cannot be read.
+    """
+    return _load(json.dumps(dataclasses.asdict(source), sort_keys=True), json.dumps(stamps(source), default=str))
 
 
 @functools.lru_cache(maxsize=16)
-def _load(settings: str) -> Corpus:
+def _load(settings: str, stamped: str) -> Corpus:
     source = SourceConfig(**json.loads(settings))
     tokenizer = load_tokenizer(source.tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
@@ -84,8 +88,7 @@ def _tokenise(source: SourceConfig, tokenizer: Tokenizer, template: ChatTemplate
     totals = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         files.append(split, 'starts', np.zeros(1, np.int64))
-    for batch in _batches(documents(source, template, report)):
-        heldout = [is_heldout(document.content, source.heldout_fraction) for document in batch]
+    for batch, heldout in _batches(_split(documents(source, template, report), source.heldout_fraction)):
         encoded = _encode(batch, tokenizer, source.loss)
         for split in SPLITS:
             own = [pair for pair, held in zip(encoded, heldout, strict=True) if held == (split == 'heldout')]
@@ -120,13 +123,35 @@ def _encode(batch: list[Document], tokenizer: Tokenizer, loss: str) -> list[tupl
     return result
 
 
-def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in found:
+def _split(found: Iterable[Document], fraction: float) -> Iterator[tuple[Document, bool]]:
+    """(document, whether it is held out). Of a text that stands alone the end is held out, as neither split may be empty."""
+    found = iter(found)
+    first = list(itertools.islice(found, 2))
+    if len(first) == 1 and 0 < fraction < 1 and first[0].answers is None:
+        cut = _place_to_cut(first[0].content, fraction)
+        if cut:
+            yield first[0]._replace(content=first[0].content[:cut]), False
+            yield first[0]._replace(content=first[0].content[cut:]), True
+            return
+    for document in itertools.chain(first, found):
+        yield document, is_heldout(document.content, fraction)
+
+
+def _place_to_cut(content: bytes, fraction: float) -> int:
+    """Where the last `fraction` of a text begins: after a line, else after a word; 0 where one part would be blank."""
+    at = min(int(len(content) * (1 - fraction)), len(content) - 1)
+    cut = max(content.rfind(b'\n', 0, at), content.rfind(b' ', 0, at) if b'\n' not in content[:at] else -1) + 1
+    return cut if content[:cut].strip() and content[cut:].strip() else 0
+
+
+def _batches(found: Iterable[tuple[Document, bool]]) -> Iterator[tuple[list[Document], list[bool]]]:
+    batch, heldout, size = [], [], 0
+    for document, held in found:
         batch.append(document)
+        heldout.append(held)
         size += len(document.content)
         if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
+            yield batch, heldout
+            batch, heldout, size = [], [], 0
     if batch:
-        yield batch
+        yield batch, heldout

@@ -73,9 +73,11 @@ def load_stores(config: ConfigDict, split: str) -> dict[str, TokenStore]:
         else:
             empty.append(source)
     if empty and (split == 'train' or not stores):
+        alone = load_corpus(empty[0]).report.documents == 1
+        advice = 'it is a single document, so split it into several files or JSONL lines' if alone else 'add documents'
         raise UserError(
             f'the {split} split of {_named(empty[0])} has no documents at data.heldout_fraction={empty[0].heldout_fraction}; '
-            'add documents or change the fraction'
+            f'{advice}, or change the fraction'
         )
     return stores
 

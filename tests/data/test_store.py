@@ -169,3 +169,30 @@ def test_a_cache_that_cannot_be_used_is_said(config, tmp_path):
     config.cache = 'gs://bucket/cache'
     with pytest.raises(UserError, match='must be a folder of this machine'):
         afresh(config)
+
+
+def test_a_file_that_changes_is_read_again_in_one_process(tmp_path):
+    config = default_data_config()
+    config.update({'path': str(tmp_path / 'notes.txt'), 'heldout_fraction': 1.0})
+    for text in ('first', 'second and longer'):
+        (tmp_path / 'notes.txt').write_text(text)
+        (store,) = load_stores(config, 'heldout').values()
+        assert bytes(store.tokens[:-1].astype(np.uint8)) == text.encode()
+
+
+def test_of_a_text_that_stands_alone_the_end_is_held_out(tmp_path):
+    path, lines = tmp_path / 'one.txt', [f'line {i}\n' for i in range(100)]
+    path.write_text(''.join(lines))
+    config = default_data_config()
+    config.update({'path': str(path), 'heldout_fraction': 0.1})
+    train, heldout = (
+        bytes(store.tokens[:-1].astype(np.uint8)).decode()
+        for split in ('train', 'heldout')
+        for store in load_stores(config, split).values()
+    )
+    assert train + heldout == path.read_text() and 0.08 < len(heldout) / len(train + heldout) < 0.12
+    assert heldout.startswith('line')
+    path.write_text('word')
+    with pytest.raises(UserError, match='it is a single document, so split it into several files or JSONL lines'):
+        for split in ('train', 'heldout'):
+            load_stores(config, split)
