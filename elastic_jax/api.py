@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from elastic_jax.arch import Arch, unknown_name
 from elastic_jax.checkpoint.lazy import LazyLeaf, save_lazily
@@ -32,9 +31,11 @@ from elastic_jax.checkpoint.manifest import Budget, Manifest
 from elastic_jax.checkpoint.restore import restore_slice
 from elastic_jax.checkpoint.stored import read_manifest, step_directory, tokenizer_files, tokenizer_folder
 from elastic_jax.cost import cost_of
+from elastic_jax.data.config import complete
 from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
 from elastic_jax.data.tokenizers import Tokenizer, load_tokenizer, token_ids
 from elastic_jax.errors import UserError
+from elastic_jax.evaluate.evaluators import scored_file
 from elastic_jax.evaluate.nesting import draw_nesting
 from elastic_jax.evaluate.perplexity import evaluate
 from elastic_jax.evaluate.summary import format_widths, human, width_lines
@@ -276,17 +277,26 @@ class Checkpoint:
         )
 
     def heldout(
-        self, data: str | None = None, context: int = 256, batch_size: int = 8, batches: int | None = None
+        self,
+        data: str | None = None,
+        context: int = 256,
+        batch_size: int = 8,
+        batches: int | None = None,
+        **changes: Any,
     ) -> list[Batch]:
-        """Held-out batches of the run's own data, or all of a text or JSONL file."""
+        """Held-out batches of the run's own data, or all of a text or JSONL file.
+
+        Args:
+          changes: keys of config.data that the file has otherwise than the run's own: field, loss, encoding, … (data/config.py).
+        """
         config = default_data_config()
         own = self.path.parent.parent / 'config.json'
-        if data is not None:
-            config.update({'path': data, 'heldout_fraction': 1.0})
-        elif own.exists():
-            config = ConfigDict(json.loads(own.read_text())['data'])
-        else:
+        if own.exists():
+            config = complete(json.loads(own.read_text())['data'])
+        elif data is None:
             raise UserError(f'{self.path} has no run beside it whose held-out data to use; give a file with --data')
+        if data is not None:
+            config = scored_file(config, data, changes)
         if self.manifest.tokenizer.get('kind') != 'bytes':
             config.tokenizer = self.tokenizer.spec['folder']
         return list(heldout_batches(config, batch_size, context, batches))
@@ -301,20 +311,22 @@ class Checkpoint:
         context: int = 256,
         batches: int | None = None,
         limit: int | None = None,
+        **changes: Any,
     ) -> dict[str, dict[str, Any]]:
         """Scores of several budgets (default: all) and sizes by `widths`, all from one load.
 
         Args:
           data: one file, or several, whose scores then stand under `data` by file; None: the run's held-out data.
           tasks: JSONL files (evaluate/tasks.py), whose scores stand under `tasks` by name. limit: questions of each.
-          context, batches: of the text, in batches of 8 rows.
+          context, batches: of the text, in batches of 8 rows. changes: as of `heldout`, for every file of `data`.
         """
         read = [read_task(path) for path in tasks]
         names = [task.name for task in read]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f'two tasks are named {twice}, each after its file; rename one of the files')
         texts = {
-            name: self.heldout(name, context, batches=batches) for name in ([data] if isinstance(data, str | None) else data)
+            name: self.heldout(name, context, batches=batches, **changes)
+            for name in ([data] if isinstance(data, str | None) else data)
         }
         sizes, scores = self.load_sizes(budgets, widths=widths), {}
         for name in sizes.archs:

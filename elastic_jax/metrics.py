@@ -23,17 +23,25 @@ from elastic_jax.observe.sinks import Sink, Uploads, appendable
 class MetricsWriter:
     """Writes a run's metrics, and hands them to `sinks` (observe/sinks.py). Close it.
 
-    `resume_step` keeps the lines up to that step: a resumed run takes the others again.
+    `resume_step` keeps the lines up to that step: a resumed run takes the others again. `ended`: that is the step at which the
+    last stage ends, and what comes after the line that says so (the last evaluation) is written again as well.
     """
 
-    def __init__(self, workdir: epath.Path, resume_step: int | None = None, enabled: bool = True, sinks: Sequence[Sink] = ()):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        sinks: Sequence[Sink] = (),
+        ended: bool = False,
+    ):
         self.workdir, self.enabled, self.pending, self.last = epath.Path(workdir), enabled, [], 0
         self.local, self.sinks, self.uploads, self.file = appendable(workdir), tuple(sinks), None, None
         if enabled and self.local:
             path = Path(workdir) / 'metrics.jsonl'
             kept = [line for line in read_metrics(workdir) if line['step'] <= resume_step] if resume_step is not None else []
             temporary = path.with_suffix('.tmp')
-            temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+            temporary.write_text(_text(_until_the_end(kept) if ended else kept))
             temporary.replace(path)
             self.file = path.open('a')
         elif enabled:
@@ -41,6 +49,8 @@ class MetricsWriter:
             for path in self._objects():
                 if resume_step is None or int(path.stem) > resume_step:
                     path.unlink()
+                elif ended and int(path.stem) == resume_step:
+                    path.write_text(_text(_until_the_end([json.loads(line) for line in path.read_text().splitlines()])))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line. Arrays become lists, non-finite numbers strings (JSON has none)."""
@@ -77,6 +87,16 @@ class MetricsWriter:
     def _objects(self) -> list[epath.Path]:
         folder = self.workdir / 'metrics'
         return sorted(folder.glob('*.jsonl')) if folder.exists() else []
+
+
+def _text(lines: Sequence[dict[str, Any]]) -> str:
+    return ''.join(json.dumps(line) + '\n' for line in lines)
+
+
+def _until_the_end(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The lines up to the last one that a stage ends with."""
+    ends = [n for n, line in enumerate(lines) if line['kind'] == 'stage' and line.get('event') == 'end']
+    return lines[: ends[-1] + 1] if ends else lines
 
 
 def read_metrics(workdir: epath.PathLike, say: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:

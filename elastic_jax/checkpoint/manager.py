@@ -54,6 +54,16 @@ class CheckpointManager:
         except (OSError, ValueError) as error:
             raise self._save_failed(step, error) from error
 
+    def replace_manifest(self, step: int, manifest: Manifest) -> None:
+        """Another manifest for a step that is saved, whole or not at all. Raises WorkError when it cannot be written."""
+        path = self.root / str(step) / 'manifest' / 'metadata'
+        temporary = path.parent / '.metadata.tmp'
+        try:
+            temporary.write_text(json.dumps(manifest.to_json()))
+            temporary.replace(path)
+        except OSError as error:
+            raise self._save_failed(step, error) from error
+
     def _save_failed(self, step: int, error: BaseException) -> WorkError:
         good = self.latest()
         kept = 'there is no earlier checkpoint' if good is None else f'the checkpoint of step {good} is intact'

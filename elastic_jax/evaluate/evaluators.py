@@ -1,6 +1,7 @@
 """Evaluators by name, of a config or a command line: held-out loss on a file, or a task, of any size.
 
 config.evaluators.notes = {'data': 'notes.txt', 'batches': 8}
+config.evaluators.chats = {'data': 'chats.jsonl', 'field': 'messages', 'loss': 'answers'}
 config.evaluators.sums = {'task': 'sums.jsonl', 'limit': 100}
 """
 
@@ -13,7 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from elastic_jax.data.pipeline import Batch, default_data_config, heldout_batches
+from elastic_jax.data.config import PER_FILE, file_data
+from elastic_jax.data.files import expand
+from elastic_jax.data.pipeline import Batch, heldout_batches, load_stores
 from elastic_jax.data.tokenizers import Tokenizer
 from elastic_jax.errors import UserError
 from elastic_jax.evaluate.tasks import Task, read_task, run_task
@@ -46,22 +49,53 @@ class TaskEvaluator:
 
 
 Evaluator = TextEvaluator | TaskEvaluator
-TEXT_KEYS, TASK_KEYS = ('data', 'context', 'batch_size', 'batches'), ('task', 'limit')
+COUNTS = ('context', 'batch_size', 'batches', 'limit')
+TEXT_KEYS, TASK_KEYS = ('data', 'context', 'batch_size', 'batches', *PER_FILE), ('task', 'limit')
 
 
-def make_evaluators(entries: Mapping[str, Mapping[str, Any]], tokenizer: str = 'bytes') -> dict[str, Evaluator]:
-    """The evaluators of `config.evaluators`; `tokenizer` as in config.data. Raises UserError naming the entry that is wrong."""
+def scored_file(data: ConfigDict, path: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """The data config that scores all of a file as `data` has its documents, but for the keys in `changes`.
+
+    Plain text has no answers: all of it counts, whatever the run's own chats have.
+    """
+    text = {'loss': 'all', 'chat_template': ''}
+    is_text = changes.get('format', '') in ('', 'text') and all(file.format == 'text' for file in expand(path))
+    return file_data(data, path, (text if is_text else {}) | dict(changes))
+
+
+def make_evaluators(entries: Mapping[str, Mapping[str, Any]], data: ConfigDict) -> dict[str, Evaluator]:
+    """The evaluators of `config.evaluators`, whose files are read as `data`, the run's own, but for what they have otherwise.
+
+    Raises: UserError naming the entry that is wrong.
+    """
     made: dict[str, Evaluator] = {}
     for name, entry in dict(entries).items():
+        if not isinstance(entry, Mapping | ConfigDict):
+            raise UserError(f"evaluators.{name} is {entry!r}; expected {{'data': FILE}} or {{'task': FILE}}, and its other keys")
         own = dict(entry)
         known = TASK_KEYS if 'task' in own else TEXT_KEYS
         if ('task' in own) == ('data' in own) or set(own) - set(known):
             keys = f'{", ".join(TEXT_KEYS)}; or {", ".join(TASK_KEYS)}'
             raise UserError(f'evaluators.{name} has the keys {", ".join(own) or "none"}; an evaluator has {keys}')
-        if 'task' in own:
-            made[name] = TaskEvaluator(read_task(own['task']), own.get('limit'))
-        else:
-            data = default_data_config()
-            data.update({'path': own.pop('data'), 'heldout_fraction': 1.0, 'tokenizer': tokenizer})
-            made[name] = TextEvaluator(data, **own)
+        for key in COUNTS:
+            if own.get(key) is not None and not (isinstance(own[key], int) and own[key] >= 1):
+                raise UserError(f'evaluators.{name}.{key}={own[key]!r} must be a whole number of at least 1')
+        try:
+            if 'task' in own:
+                made[name] = TaskEvaluator(read_task(own['task']), own.get('limit'))
+            else:
+                changes = {key: own.pop(key) for key in PER_FILE if key in own}
+                made[name] = TextEvaluator(scored_file(data, own.pop('data'), changes), **own)
+        except UserError as error:
+            raise UserError(f'evaluators.{name}: {error}') from error
     return made
+
+
+def check_evaluators(entries: Mapping[str, Mapping[str, Any]], data: ConfigDict) -> None:
+    """Reads all that the evaluators are going to score. Raises UserError naming the entry and what is wrong with it."""
+    for name, evaluator in make_evaluators(entries, data).items():
+        if isinstance(evaluator, TextEvaluator):
+            try:
+                load_stores(evaluator.data, 'heldout')
+            except UserError as error:
+                raise UserError(f'evaluators.{name}: {error}') from error

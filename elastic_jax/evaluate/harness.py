@@ -8,6 +8,7 @@ or, once this module is imported, `model='elastic_jax'` with model_args='checkpo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_jax.api import open_checkpoint
@@ -50,14 +51,24 @@ class ElasticLM(LM):
         return [one.log_p for one in found]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The continuation of every context up to one of its stop strings."""
+        """The continuation of every context up to one of its stop strings.
+
+        Each is drawn with its number as the seed: the same at every run, and another one where a request is repeated.
+        """
         texts = []
-        for request in requests:
+        for number, request in enumerate(requests):
             context, options = request.args
             stop = options.get('until') or ()
             stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
-            heat = float(options.get('temperature') or 0.0) if options.get('do_sample') else 0.0
             limit = int(options.get('max_gen_toks') or 256)
-            (done,) = generate(self.model.weights, self.model.tokenizer, [context], limit, Sampling(temperature=heat), stop)
+            (done,) = generate(self.model.weights, self.model.tokenizer, [context], limit, _sampling(options), stop, seeds=number)
             texts.append(done.text)
         return texts
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    """As transformers reads them: greedy unless `do_sample`, whose temperature is 1 where none is given."""
+    if not options.get('do_sample'):
+        return Sampling()
+    heat, top_k, top_p = (options.get(name) for name in ('temperature', 'top_k', 'top_p'))
+    return Sampling(1.0 if heat is None else float(heat), max(int(top_k or 0), 0), 1.0 if top_p is None else float(top_p))

@@ -49,7 +49,8 @@ def read_task(path: epath.PathLike) -> Task:
     """Reads a task. Raises UserError naming the file and line that is not a question."""
     path = epath.Path(path)
     try:
-        lines = path.read_text().splitlines()
+        # Not splitlines: within its strings JSON may hold other characters that end lines.
+        lines = path.read_bytes().decode('utf-8-sig').split('\n')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'the task {path} cannot be read ({error}); give a JSONL file') from error
     questions = []
@@ -93,6 +94,8 @@ def run_task(weights: Weights, tokenizer: Tokenizer, task: Task, limit: int | No
     Multiple choice: `accuracy` by Σ log p of the choices, `accuracy_per_byte` by that over the choice's bytes (so that length
     does not count), and the `chance` of guessing. Exact match: `exact_match` of the text without spaces around it.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f'limit={limit} questions of the task {task.name}: give at least 1, or None for all')
     questions = task.questions[:limit]
     if isinstance(questions[0], Choice):
         return _choose(weights, tokenizer, questions)

@@ -66,7 +66,7 @@ def default_config() -> ConfigDict:
             'b1': 0.9,
             'b2': 0.98,
             'weight_decay': 0.0,
-            'clip': 1.0,
+            'clip': 1.0,  # the largest norm of the gradient; 0: not clipped
         }
     )
     # Stages by name, run in the order of `curriculum`.
@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict({'every': 200, 'keep': 2})
     config.eval = ConfigDict({'every': 0, 'batches': 8, 'batch_size': 8, 'context': 256})
     # More evaluators, run with the evaluation above for every budget: name -> {'data': FILE} or {'task': FILE} (evaluators.py).
+    # A file is read as the data above, but for the keys given with it, such as 'field'.
     config.evaluators = ConfigDict(convert_dict=False)
     config.samples = ConfigDict({'prompts': (), 'tokens': 120, 'temperature': 0.0})
     config.log_every = 10

@@ -43,7 +43,7 @@ class Evaluator:
         self.programs: dict[Any, Callable[..., jax.Array]] = {}
         self.more = {
             name: dataclasses.replace(own, batch_size=self._rows(own.batch_size)) if isinstance(own, TextEvaluator) else own
-            for name, own in make_evaluators(plan.config.evaluators, plan.config.data.tokenizer).items()
+            for name, own in make_evaluators(plan.config.evaluators, plan.config.data).items()
         }
 
     def _rows(self, batch_size: int) -> int:

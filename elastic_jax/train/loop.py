@@ -2,7 +2,8 @@
 
 Order of initialisation: resume from the workdir's newest good checkpoint; else start from `config.parent.checkpoint`; else from
 scratch. Order inside the loop: evaluate, save (state and data position together), next batch, step, write the metrics of the
-step before. A checkpoint of step N holds all that step N needs, so a killed run resumes bit for bit.
+step before. A checkpoint of step N holds all that step N needs, so a killed run resumes bit for bit. At the end: save, evaluate,
+and put the scores into what was saved, so that no failure of the last evaluation costs any training.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def _train(config: ConfigDict, workdir: epath.Path, clock: Clock) -> None:
             at = restored or _begin(plan, store, progress.say)
             sinks = open_sinks(config, workdir, latest) if is_main() else ()
             profile = ProfileWindow(config.profile.start, config.profile.steps if is_main() else 0, workdir / 'profile')
-            with closing(MetricsWriter(workdir, latest, is_main(), sinks)) as writer, closing(profile):
+            ended = restored is not None and restored.stage_step == plan.stages[-1].steps and restored.step == plan.steps
+            with closing(MetricsWriter(workdir, latest, is_main(), sinks, ended)) as writer, closing(profile):
                 if restored is None:
                     writer.write('stage', 0, stage=plan.stages[0].name, event='start')
                 evaluator = Evaluator(plan, place, writer)
@@ -178,17 +180,35 @@ def _run_stages(run: Run) -> None:
         return
     for index in range(names.index(run.at.stage), len(names)):
         stage = run.plan.stages[index]
-        _run_stage(run, stage)
-        run.writer.write('stage', run.at.step, stage=stage.name, event='end')
-        following = run.plan.stages[index + 1] if index + 1 < len(names) else None
-        run.at = _leave(run, stage, following)
-        if following is not None:
+        if run.at.stage_step < stage.steps:  # else all that it lacks is the last evaluation
+            _run_stage(run, stage)
+            if stage.kind == 'search':
+                run.at = dataclasses.replace(run.at, archs=_freeze(run), router=run.at.state.router)
+            run.writer.write('stage', run.at.step, stage=stage.name, event='end')
+        if index + 1 == len(names):
+            _end(run, stage)
+        else:
+            following = run.plan.stages[index + 1]
+            run.at = _leave(run, stage, following)
             # With the checkpoint still to come: a resumed run finds the line there, or writes it again.
             run.writer.write('stage', run.at.step, stage=following.name, event='start')
-        with run.clock.part('save'):
-            run.store.save(run.at)
+            with run.clock.part('save'):
+                run.store.save(run.at)
         run.writer.write('goodput', run.at.step, **run.clock.goodput())
         run.writer.saved(run.at.step)
+
+
+def _end(run: Run, stage: Stage) -> None:
+    """The last evaluation, of what is saved before it: at the end of the last stage until the scores are there, then done."""
+    with run.clock.part('save'):
+        run.store.save(run.at)
+    run.writer.saved(run.at.step)
+    with run.clock.part('eval'):
+        # A parent trained alone has no teacher: it is compared with itself.
+        metrics = run.evaluator.final(run.at, run.at.state.params if stage.kind == 'pretrain' else _teacher(run))
+    run.at = dataclasses.replace(run.at, stage=DONE, stage_step=0, metrics=metrics)
+    with run.clock.part('save'):
+        run.store.describe_anew(run.at)
 
 
 def _freeze(run: Run) -> dict[str, Arch]:
@@ -214,20 +234,16 @@ def _freeze(run: Run) -> dict[str, Arch]:
     return archs
 
 
-def _leave(run: Run, stage: Stage, following: Stage | None) -> Snapshot:
+def _leave(run: Run, stage: Stage, following: Stage) -> Snapshot:
     """What a finished stage hands to the next one."""
     plan, at = run.plan, run.at
-    if stage.kind == 'search':
-        at = dataclasses.replace(at, archs=_freeze(run), router=at.state.router)
-    if following is None:
-        with run.clock.part('eval'):
-            # A parent trained alone has no teacher: it is compared with itself.
-            metrics = run.evaluator.final(at, at.state.params if stage.kind == 'pretrain' else _teacher(run))
-        return dataclasses.replace(at, stage=DONE, stage_step=0, data=None, metrics=metrics)
     if stage.kind == 'pretrain':
-        return _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
-    following_at = _enter(plan, run.place, following, at.step, at.state.params, at.router, at.ordering, at.parent, at.archs)
-    return dataclasses.replace(following_at, metrics=at.metrics if stage.kind == 'elastic' else {})
+        next_at = _order(plan, run.store, at.state.params, at.step, following, run.progress.say)
+        if plan.config.parent.scratch:  # not the weights that were scored
+            return next_at
+    else:
+        next_at = _enter(plan, run.place, following, at.step, at.state.params, at.router, at.ordering, at.parent, at.archs)
+    return dataclasses.replace(next_at, metrics={name: own for name, own in at.metrics.items() if name in next_at.archs})
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
@@ -284,6 +300,9 @@ def _run_stage(run: Run, stage: Stage) -> None:
     if pending is not None:
         pending()
     run.at = dataclasses.replace(run.at, data=None)
+    if config.eval.every and run.at.step % config.eval.every == 0 and run.at.step < plan.steps:  # the run's end has its own
+        with run.clock.part('eval'):
+            run.at = dataclasses.replace(run.at, metrics=run.evaluator.during(run.at, stage))
 
 
 def _save(run: Run, batches: BatchIterator) -> None:

@@ -22,8 +22,7 @@ from elastic_jax.nest.ordering import Ordering, ordering_hash
 from elastic_jax.nest.relayout import relayout
 from elastic_jax.nest.router import init_router
 from elastic_jax.parallel.placement import Placement
-from elastic_jax.parallel.processes import check_same, together
-from elastic_jax.train.curriculum import DONE
+from elastic_jax.parallel.processes import check_same, is_main, together
 from elastic_jax.train.programs import abstract_state, abstract_teacher
 from elastic_jax.train.setup import Plan
 from elastic_jax.train.state import TrainState
@@ -90,7 +89,7 @@ class Store:
 
     def save(self, at: Snapshot) -> None:
         """Saves in the background; a step that is there already is left as it is."""
-        if at.step == self.last and at.stage != DONE:
+        if at.step == self.last:
             return
         counters = {'step': at.state.step, 'skipped': at.state.skipped, 'bad_run': at.state.bad_run}
         opt_state = {'optimizer': at.state.opt_state, 'router': at.state.router_opt_state, 'counters': counters}
@@ -104,6 +103,12 @@ class Store:
             manifest=self._manifest(at),
         )
         self.last = at.step
+
+    def describe_anew(self, at: Snapshot) -> None:
+        """Waits for the checkpoint of the step and writes its manifest again, whose scores were not known when it was saved."""
+        self.wait()
+        if is_main():
+            self.manager.replace_manifest(at.step, self._manifest(at))
 
     def save_parent(self, params: Any, parent: Arch, ordering: Ordering) -> None:
         """Pins the ordered parent, the frozen teacher, in `WORKDIR/parent`."""

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from elastic_jax.data.pipeline import fingerprints, read_all
+from elastic_jax.evaluate.evaluators import check_evaluators
 from elastic_jax.nest.alignment import misaligned
 from elastic_jax.observe.sinks import check_observing
 from elastic_jax.parallel.placement import Placement
@@ -31,6 +32,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Plan, Placement, l
         check_observing(config)
         data = [config.data, *(plan.data(stage) for stage in plan.stages)]
         passed_over, place = read_all(data), plan.place()
+        check_evaluators(config.evaluators, config.data)
         check_workdir(workdir, config)
         return plan, place, passed_over, fingerprints(data)
 

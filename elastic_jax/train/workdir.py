@@ -14,9 +14,13 @@ from ml_collections import ConfigDict
 from elastic_jax.checkpoint.stored import read_manifest, tokenizer_files
 from elastic_jax.data.tokenizers import TOKENIZER_FILES
 from elastic_jax.errors import UserError
+from elastic_jax.train.config import default_config, stage
 
-# Keys that may change between runs of one experiment, since no number of the result depends on them (but for rounding).
-FREE = ('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'kernels', 'wandb', 'profile')
+# Keys that may change between runs of one experiment, since nothing that is trained depends on them (but for rounding).
+FREE = (
+    *('log_every', 'checkpoint', 'compilation_cache', 'mesh', 'kernels', 'wandb', 'profile'),
+    *('eval', 'evaluators', 'samples'),
+)
 # Seconds after which a file that one host has written is there for all: network file systems may take a minute.
 SEEN_WITHIN = 90
 
@@ -29,10 +33,10 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
             raise UserError(f'{workdir} has checkpoints but no config.json; take another --workdir or restore that file')
         return True
     try:
-        found = flatten(json.loads(path.read_text()))
+        found = _completed(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise UserError(f'{path} is not JSON ({error}); restore it or take another --workdir') from error
-    wanted = flatten(_plain(config))
+    wanted = _completed(_plain(config))
     differ = [
         key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key) and key.split('.')[0] not in FREE
     ]
@@ -47,10 +51,12 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
 def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes what makes the workdir this experiment's: `config.json`, and the tokenizer's files."""
     try:
-        if check_workdir(workdir, config):
-            workdir.mkdir(parents=True, exist_ok=True)
+        anew = check_workdir(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Before the config, which says of what they are: cut off between the two, the next attempt writes both again.
+        keep_tokenizer(workdir, config.data.tokenizer, config.parent.checkpoint, anew)
+        if anew:
             (workdir / 'config.json').write_text(json.dumps(_plain(config), indent=1))
-        keep_tokenizer(workdir, config.data.tokenizer, config.parent.checkpoint)
     except OSError as error:
         raise UserError(f'{workdir} cannot be written ({error.strerror or error}); take a --workdir that can be') from error
 
@@ -67,20 +73,24 @@ def check_shared(workdir: epath.Path, config: ConfigDict) -> None:
         time.sleep(1)
 
 
-def keep_tokenizer(workdir: epath.Path, folder: str, parent: str = '') -> None:
+def keep_tokenizer(workdir: epath.Path, folder: str, parent: str = '', anew: bool = False) -> None:
     """Copies a Hugging Face tokenizer beside the checkpoints, which can then be moved without it.
 
-    'bytes' has no files; then those go along that the parent's checkpoint carries.
+    'bytes' has no files; then those go along that the parent's checkpoint carries. `anew`: in the place of another's files, which
+    an earlier attempt may have left.
     """
+    kept = workdir / 'tokenizer'
+    if anew and kept.exists() and epath.Path(folder).resolve() != kept.resolve():
+        kept.rmtree()
     if folder == 'bytes':
         carried = tokenizer_files(parent, read_manifest(parent)) if parent else None
         if carried is None:
             return
         folder = os.fspath(carried)
-    (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     for path in epath.Path(folder).iterdir():
-        if path.name in TOKENIZER_FILES and not (workdir / 'tokenizer' / path.name).exists():
-            path.copy(workdir / 'tokenizer' / path.name)
+        if path.name in TOKENIZER_FILES and not (kept / path.name).exists():
+            path.copy(kept / path.name)
 
 
 def _has_checkpoints(workdir: epath.Path) -> bool:
@@ -90,6 +100,14 @@ def _has_checkpoints(workdir: epath.Path) -> bool:
 
 def _plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, with the defaults of the keys that there were not yet when the config was written."""
+    defaults = flatten(_plain(default_config()))
+    for name in config.get('stages', {}):
+        defaults |= flatten(_plain(stage('elastic', 1, 1, 1)), f'stages.{name}')
+    return defaults | flatten(config)
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Tasks, likelihoods and evaluators: against log-probabilities summed from plain logits, and answers known beforehand."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,13 @@ import pytest
 
 import elastic_jax
 from elastic_jax.cli import main
+from elastic_jax.data.config import default_data_config
 from elastic_jax.errors import UserError
-from elastic_jax.evaluate.evaluators import make_evaluators
+from elastic_jax.evaluate.evaluators import check_evaluators, make_evaluators
 from elastic_jax.evaluate.likelihood import likelihoods
 from elastic_jax.evaluate.tasks import read_task, run_task
 from elastic_jax.hf.importing import import_checkpoint
+from elastic_jax.infer.sampling import Sampling
 
 FIXTURE = Path(__file__).parents[1] / 'hf' / 'fixtures' / 'qwen3'
 
@@ -128,10 +132,56 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
 
 
 def test_an_evaluator_that_is_not_one_is_said_by_name(tmp_path):
-    with pytest.raises(UserError, match=r'evaluators\.sums has the keys tsak; an evaluator has data'):
-        make_evaluators({'sums': {'tsak': 'x.jsonl'}})
-    with pytest.raises(UserError, match=r'cannot be read'):
-        make_evaluators({'sums': {'task': str(tmp_path / 'none.jsonl')}})
+    missing, chats = tmp_path / 'none', tmp_path / 'chats.jsonl'
+    write(chats, [{'messages': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yo'}]}])
+    own = default_data_config()
+    for entry, message in (
+        ({'tsak': 'x.jsonl'}, r'evaluators\.sums has the keys tsak; an evaluator has data'),
+        ('notes.txt', r"evaluators\.sums is 'notes\.txt'; expected \{'data': FILE\}"),
+        ({'task': f'{missing}.jsonl'}, r'evaluators\.sums: the task .* cannot be read'),
+        ({'data': f'{missing}.txt'}, r'evaluators\.sums: data\.path: .* cannot be read'),
+        ({'task': str(chats), 'limit': 0}, r'evaluators\.sums\.limit=0 must be a whole number of at least 1'),
+        ({'data': str(chats)}, r"evaluators\.sums: .*chats\.jsonl:1 has no field 'text'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_evaluators({'sums': entry}, own)
+    # As the run has it, or as the entry says.
+    own.update({'field': 'messages', 'loss': 'answers'})
+    as_run, said = (
+        make_evaluators({'chats': {'data': str(chats), **changes}}, own)['chats'].heldout[0]['target_bytes'].sum()
+        for changes in ({}, {'loss': 'all'})
+    )
+    assert said > as_run > 0
+    (tmp_path / 'notes.txt').write_text('plain')
+    check_evaluators({'notes': {'data': str(tmp_path / 'notes.txt')}}, own)
+
+
+def test_questions_end_at_line_breaks_alone_and_may_follow_a_byte_order_mark(tmp_path):
+    questions = [{'prompt': f'a{character}b', 'answer': '5'} for character in '\u2028\x85\u2029']
+    path = tmp_path / 'task.jsonl'
+    path.write_text('\r\n'.join(json.dumps(question, ensure_ascii=False) for question in questions), 'utf-8-sig', newline='')
+    task = read_task(path)
+    assert [question.prompt for question in task.questions] == [question['prompt'] for question in questions]
+    with pytest.raises(UserError, match='limit=0 questions of the task task: give at least 1'):
+        run_task(None, None, task, 0)
+
+
+def test_the_harness_draws_a_request_anew_where_it_is_repeated(monkeypatch):
+    made = {name: types.ModuleType(name) for name in ('lm_eval', 'lm_eval.api', 'lm_eval.api.model', 'lm_eval.api.registry')}
+    made['lm_eval.api.model'].LM, made['lm_eval.api.registry'].register_model = object, lambda name: lambda own: own
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, 'elastic_jax.evaluate.harness', raising=False)
+    from elastic_jax.evaluate import harness
+
+    calls, answer = [], types.SimpleNamespace(text='x')
+    monkeypatch.setattr(harness, 'generate', lambda *given, seeds: calls.append((given[4], seeds)) or [answer])
+    lm = object.__new__(harness.ElasticLM)
+    lm.model = types.SimpleNamespace(weights=None, tokenizer=None)
+    sampled, greedy = {'do_sample': True, 'temperature': 0.8, 'top_p': 0.5, 'top_k': 7}, {'temperature': 0.8}
+    lm.generate_until([types.SimpleNamespace(args=('Q:', own)) for own in (sampled, sampled, greedy)])
+    assert calls == [(Sampling(0.8, 7, 0.5), 0), (Sampling(0.8, 7, 0.5), 1), (Sampling(), 2)]
+    monkeypatch.delitem(sys.modules, 'elastic_jax.evaluate.harness')
 
 
 HARNESS_TASK = """\

@@ -1,6 +1,10 @@
 """What experiments compare with: a parent trained alone, units in random order, a slice that begins from random weights."""
 
+import dataclasses
+import json
 import math
+import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,9 +14,11 @@ from elastic_jax.api import open_checkpoint
 from elastic_jax.errors import UserError
 from elastic_jax.metrics import read_metrics
 from elastic_jax.model.decoder import logits
+from elastic_jax.train import loop
 from elastic_jax.train.config import stage
 from elastic_jax.train.loop import train
 from elastic_jax.train.setup import make_plan
+from tests.train.conftest import parent_config
 from tests.train.tiny_experiment import get_config
 
 
@@ -37,6 +43,28 @@ def test_a_parent_trained_alone_is_scored_and_has_one_budget(parent):
     final = next(line for line in read_metrics(parent) if line['kind'] == 'final')
     assert final['rows'][0]['bits_per_byte'] == final['parent']['bits_per_byte'] > 0
     assert (parent / 'report.html').exists()
+
+
+def test_an_evaluation_that_fails_at_the_end_costs_no_training_and_can_be_mended(parent, tmp_path):
+    run, stage = mock.MagicMock(), make_plan(parent_config()).stages[-1]
+    run.evaluator.final.side_effect = OSError('no such file')
+    with pytest.raises(OSError, match='no such file'):
+        loop._end(run, stage)
+    run.store.save.assert_called_once_with(run.at)
+
+    # So it is left: saved at the end of its last stage, with part of the last evaluation's lines.
+    workdir = tmp_path / 'run'
+    shutil.copytree(parent, workdir)
+    path = workdir / 'checkpoints' / '3' / 'manifest' / 'metadata'
+    ended = dataclasses.replace(open_checkpoint(parent).manifest, stage='pretrain', stage_step=3)
+    path.write_text(json.dumps(ended.to_json()))
+    config = parent_config()
+    config.samples.temperature = 0.5  # what is mended may change
+    train(config, workdir)
+    lines = [[line for line in read_metrics(own) if line['kind'] != 'goodput'] for own in (parent, workdir)]
+    assert lines[0] == lines[1]
+    ours, theirs = open_checkpoint(workdir), open_checkpoint(parent)
+    assert ours.manifest == theirs.manifest and ours.manifest.stage == 'done'
 
 
 def test_a_slice_from_scratch_in_a_parent_of_random_order(parent, tmp_path):

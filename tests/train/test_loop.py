@@ -6,6 +6,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from elastic_jax.checkpoint.restore import read_manifest, restore_slice
 from elastic_jax.errors import UserError, WorkError
@@ -60,12 +61,19 @@ def test_saved_scores_are_those_of_the_restored_slices(finished_run):
 
 
 def test_a_manifest_has_every_budgets_latest_scores(finished_run):
-    """Step 18 is saved in the last stage, after the evaluation of step 15 in the one before."""
+    """Step 18 is saved in the last stage, after the evaluation of step 16 in the one before."""
     manifest = read_manifest(finished_run / 'checkpoints' / '18')
-    lines = [line for line in read_metrics(finished_run) if line['kind'] == 'eval' and line['step'] == 15]
+    lines = [line for line in read_metrics(finished_run) if line['kind'] == 'eval' and line['step'] == 16]
     # Lines are rounded.
     expected = {line['budget']: pytest.approx({key: line[key] for key in ('loss', 'bits_per_byte')}, rel=1e-6) for line in lines}
     assert expected and {name: dict(budget.metrics) for name, budget in manifest.budgets.items()} == expected
+
+
+def test_evaluations_fall_on_the_steps_that_the_config_says_also_where_stages_end(finished_run):
+    """Stages end at steps 8, 12, 17 and 21; the end of the run has an evaluation of its own."""
+    lines = [line for line in read_metrics(finished_run) if line['kind'] == 'eval' and line['budget'] == 'full']
+    expected = [(4, 'pretrain'), (8, 'pretrain'), (12, 'search'), (16, 'short'), (20, 'long')]
+    assert [(line['step'], line['stage']) for line in lines] == expected
 
 
 def test_a_restored_slice_is_the_slice_of_the_restored_whole(finished_run):
@@ -173,12 +181,27 @@ def test_a_config_can_be_mended_while_nothing_is_trained_under_it(tmp_path):
     (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
     with pytest.raises(UserError, match='holds another experiment'):
         claim_workdir(tmp_path, get_config())
+    mended.evaluators.notes = {'data': 'notes.txt'}  # nothing that is trained depends on it
+    claim_workdir(tmp_path, mended)
+
+
+def test_a_run_of_a_version_with_fewer_keys_goes_on(tmp_path):
+    from elastic_jax.train.workdir import check_workdir, claim_workdir
+
+    claim_workdir(epath.Path(tmp_path), get_config())
+    (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+    older = json.loads((tmp_path / 'config.json').read_text())
+    del older['scan_layers'], older['stages']['short']['sandwich'], older['optimizer']['weight_decay']
+    (tmp_path / 'config.json').write_text(json.dumps(older))
+    check_workdir(epath.Path(tmp_path), get_config())
+    config = get_config()
+    config.scan_layers = True
+    with pytest.raises(UserError, match='scan_layers: False there, True here'):
+        check_workdir(epath.Path(tmp_path), config)
 
 
 def test_a_runs_tokenizer_is_kept_beside_its_checkpoints(tmp_path):
-    from etils import epath
-
-    from elastic_jax.train.workdir import keep_tokenizer
+    from elastic_jax.train.workdir import claim_workdir, keep_tokenizer
 
     (tmp_path / 'parent').mkdir()
     for name in ('tokenizer.json', 'tokenizer_config.json', 'model.safetensors'):
@@ -188,3 +211,10 @@ def test_a_runs_tokenizer_is_kept_beside_its_checkpoints(tmp_path):
     assert kept == {'tokenizer.json': 'tokenizer.json', 'tokenizer_config.json': 'tokenizer_config.json'}
     keep_tokenizer(epath.Path(tmp_path / 'bytes'), 'bytes')
     assert not (tmp_path / 'bytes').exists()
+    # Another one takes the place of what a first attempt left.
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'tokenizer.json').write_text('other')
+    config = get_config()
+    config.data.tokenizer = str(tmp_path / 'other')
+    claim_workdir(epath.Path(tmp_path / 'run'), config)
+    assert [path.read_text() for path in (tmp_path / 'run' / 'tokenizer').iterdir()] == ['other']

@@ -17,7 +17,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.arch.moe.update({'experts': 4, 'expert_width': 16, 'top_k': 2, 'shared_width': 16})
     config.budgets = ConfigDict({'full': 1.0, 'mid': 0.75, 'small': 0.5})
     config.calibrate.update({'batches': 2, 'batch_size': 2, 'context': 32})
-    config.eval.update({'every': 5, 'batches': 1, 'batch_size': 4, 'context': 32})
+    config.eval.update({'every': 4, 'batches': 1, 'batch_size': 4, 'context': 32})
     config.log_every = 1
     config.mesh.fsdp = 1
     config.checkpoint.update({'every': 3, 'keep': 2})
