@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from elastic_jax.errors import UserError
 def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     """The config of `--config FILE[:ARG]`, changed by `--config.key=value` arguments.
 
-    Raises: UserError for a file that is not there, a key that the config does not have, or a value of another kind.
+    Raises: UserError for a file that is not there or fails, a key that the config does not have, or a value of another kind.
     """
-    from absl import flags
-
     if not Path(path.partition(':')[0]).is_file():
         raise UserError(f'--config {path}: there is no file {path.partition(":")[0]}; give a file with get_config')
     argv = [f'--config={path}', *overrides]
     try:
         return _parse(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the file is a program, which may fail in any way
         raise UserError(_explain(path, overrides, error)) from error
 
 
@@ -40,15 +41,13 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def _explain(path: str, overrides: Sequence[str], error: BaseException) -> str:
     """What the overrides got wrong, every key and value of them in one go, or else the config file itself."""
-    from absl import flags
-
     from elastic_jax.train.workdir import flatten
 
     reason = f'cannot read the config: {" ".join(str(error).split())}'
     try:
         config = _parse([f'--config={path}'])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError):
-        return reason
+    except Exception as own:
+        return _failed(path, own) or reason
     known = flatten(json.loads(config.to_json()))
     problems = []
     for override in overrides:
@@ -60,12 +59,25 @@ def _explain(path: str, overrides: Sequence[str], error: BaseException) -> str:
     return '; '.join(problems) or reason
 
 
-def _accepted(path: str, override: str) -> bool:
-    from absl import flags
+def _failed(path: str, error: BaseException) -> str:
+    """Where in the config file something failed, and what; '' when it was not there."""
+    file, found = path.partition(':')[0], error
+    same = lambda name: name is not None and Path(name).resolve() == Path(file).resolve()
+    while found is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(found.__traceback__) if same(frame.filename)]
+        if isinstance(found, SyntaxError) and same(found.filename):
+            lines = [found.lineno]
+        if lines:
+            what = found.msg if isinstance(found, SyntaxError) else ' '.join(str(found).split())
+            return f'{file}, line {lines[-1]}: {type(found).__name__}: {what}; mend the config file'
+        found = found.__cause__ or found.__context__
+    return ''
 
+
+def _accepted(path: str, override: str) -> bool:
     try:
         _parse([f'--config={path}', override])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError):
+    except Exception:
         return False
     return True
 

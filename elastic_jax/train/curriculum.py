@@ -72,9 +72,10 @@ def probabilities_of(stage: Stage, budgets: Sequence[str]) -> np.ndarray:
     for name in given:
         if name not in budgets:
             raise UserError(unknown_name(f'budget in stages.{stage.name}.probabilities', name, list(budgets)))
+    good = all(isinstance(value, int | float) and 0 <= value < np.inf for value in given.values())
+    if given and not (good and any(given.values())):
+        raise UserError(f'stages.{stage.name}.probabilities must be numbers of at least 0 and not all 0; got {given}')
     values = np.asarray([given.get(name, 0.0) for name in budgets] if given else np.ones(len(budgets)), np.float64)
-    if (values < 0).any() or values.sum() <= 0:
-        raise UserError(f'stages.{stage.name}.probabilities must be at least 0 and not all 0; got {given}')
     return values / values.sum()
 
 

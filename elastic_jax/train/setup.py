@@ -111,6 +111,8 @@ def stage_optimizer(config: ConfigDict, stage: Stage, parent: Arch, layout: Layo
 def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
     """Checks a config and resolves it; raises one UserError that lists every problem found.
 
+    Problems of keys and numbers come first: nothing can be reckoned with them.
+
     `elsewhere`: the run is not for this machine, which need have neither the tokenizer nor, where `config.arch` is given, the
     parent's checkpoint.
     """
@@ -120,11 +122,14 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
         try:
             return build(*args)
         except UserError as error:
-            problems.append(str(error))
+            if str(error) not in problems:  # stages share most of what may be wrong
+                problems.append(str(error))
             return None
 
     problems += config_problems(config)
     stages = attempt(make_stages, config)
+    if problems:
+        raise UserError('; '.join(problems))
     layout = Layout(**config.layout.to_dict())
     parent = attempt(build_arch if elsewhere and config.arch.pattern else _parent, config)
     tokenizer = None if elsewhere else attempt(_tokenizer, config)
@@ -153,7 +158,7 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
                 f"the tokenizer has {tokenizer.vocab_size} entries, but the parent's vocabulary is {parent.vocab}; "
                 "use the parent's own tokenizer (config.data.tokenizer) or a larger config.arch.vocab"
             )
-    for stage in stages or ():
+    for stage in stages:
         if parent is not None:
             attempt(stage_optimizer, config, stage, parent, layout)  # now, not when the stage begins after days of others
         attempt(lambda stage=stage: sources_of(stage_data(config.data, stage.config.data)))
@@ -161,7 +166,7 @@ def make_plan(config: ConfigDict, elsewhere: bool = False) -> Plan:
             attempt(check_draws, stage, tuple(targets))
             if stage.kind == 'elastic' and config.teacher == 'self':
                 attempt(check_self_teacher, stage, targets)
-    if stages and targets:
+    if targets:
         searching = any(stage.kind == 'search' for stage in stages)
         missing = [name for name, share in targets.items() if share < 1 and name not in by_hand]
         if missing and not searching:

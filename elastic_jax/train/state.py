@@ -55,7 +55,7 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int, table: Table |
         raise UserError(unknown_name('schedule', config.schedule, list(schedules)))
     schedule = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), schedules[config.schedule]()], [warmup])
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2),
         optax.add_decayed_weights(config.weight_decay, mask=partial(_decays, table if config.weight_decay else None)),
         optax.scale_by_learning_rate(schedule),

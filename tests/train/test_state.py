@@ -1,4 +1,4 @@
-"""The optimiser: which parameters decay."""
+"""The optimiser: which parameters decay, and when gradients are not clipped."""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,14 @@ def test_weights_decay_and_norms_biases_and_decays_do_not_in_any_layout(arch, la
         for name, update in own.items():
             still = name in NEVER or name.endswith('_bias')
             assert jnp.allclose(update, 0.0 if still else -0.5 * params[group][name]), (group, name)
+
+
+@pytest.mark.parametrize(('clip', 'expected'), [(0.0, 3.0), (1.5, 1.5)])
+def test_a_clip_of_nothing_clips_nothing(clip, expected):
+    config = default_config().optimizer
+    config.clip = clip
+    optimizer = make_optimizer(config, 10)
+    grads = {'mlp': {'up': jnp.full(9, 1.0)}}
+    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    adam = next(own for own in state if hasattr(own, 'mu'))
+    assert jnp.allclose(jnp.linalg.norm(adam.mu['mlp']['up']), expected * (1 - config.b1))
