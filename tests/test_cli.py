@@ -10,6 +10,7 @@ import pytest
 import elastic_jax
 from elastic_jax.checkpoint.restore import restore_slice
 from elastic_jax.cli import VERBS, main
+from elastic_jax.terminal import json_text
 
 
 def run(capsys, *argv):
@@ -31,6 +32,16 @@ def test_inspect_prints_a_table_or_one_json_object(capsys, finished_run):
         whole = restore_slice(finished_run, elastic_jax.open_checkpoint(finished_run).budgets[budget['name']].arch)
         assert budget['parameters'] == sum(leaf.size for group in whole.values() for leaf in group.values())
         assert {'widths', 'active_parameters', 'bytes'} <= budget.keys()
+
+
+@pytest.mark.parametrize('verb', [['train', '--workdir=run'], ['cache-teacher', '--json']])
+def test_verbs_that_processes_share_join_them(capsys, monkeypatch, verb):
+    started = []
+    monkeypatch.setattr('elastic_jax.parallel.supervise.supervise', lambda commands: started.append(commands[0][1][3:]) or 0)
+    for name, value in {'COORDINATOR': '127.0.0.1:9', 'PROCESSES': '2', 'PROCESS_ID': '1'}.items():
+        monkeypatch.setenv(f'ELASTIC_{name}', value)
+    assert run(capsys, *verb, '--config=x.py', '--config.seed=1')[0] == 0
+    assert started == [[verb[0], '--config=x.py', *verb[1:], '--config.seed=1']]
 
 
 def test_slice_writes_an_ordinary_checkpoint_with_the_same_numbers(capsys, finished_run, tmp_path):
@@ -175,3 +186,8 @@ def test_as_a_process_it_shows_the_path_through_the_verbs_and_fails_without_a_tr
 def test_every_verbs_help_has_an_example(capsys, verb):
     status, out, _ = run(capsys, verb, '--help')
     assert status == 0 and f'elastic {verb}' in out.partition('example')[2]
+
+
+def test_json_has_no_numbers_that_json_has_not():
+    text = json_text({'scores': [1.0, float('nan')], 'own': {'loss': float('inf'), 'name': 'nan'}, 'bits': (2.5,)})
+    assert json.loads(text) == {'scores': [1.0, None], 'own': {'loss': None, 'name': 'nan'}, 'bits': [2.5]}

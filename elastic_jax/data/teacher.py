@@ -31,7 +31,7 @@ class TeacherSpec:
     Attributes:
       stream: identity of the batches (`data.pipeline.Batches.identity`): text, order, context, batch size.
       parent: hash of the teacher's parameters. vocab: its tokens.
-      k: how many tokens are kept; tail: whether the mass of the others is. context: tokens in a row.
+      k: how many tokens are kept; tail: whether the mass of the others is. context: tokens in a row. dtype: of the matmuls.
     """
 
     stream: Mapping[str, Any]
@@ -40,6 +40,7 @@ class TeacherSpec:
     k: int
     tail: bool
     context: int
+    dtype: str
 
     @property
     def name(self) -> str:
@@ -86,10 +87,14 @@ class TeacherCache:
             raise UserError(f'{root} has no teacher cached for this text, order, parent and k (no folder {spec.name}); {again}')
         if not (folder / 'complete.json').exists():
             raise UserError(f'the teacher cache {folder} is not finished; {again}, and it goes on')
-        index = json.loads((folder / 'index.json').read_text())
-        if index['batches'] < batches:
-            raise UserError(f'the teacher cache {folder} holds {index["batches"]} batches, but {batches} are needed; {again}')
-        return cls(root, spec, index['batches'], index['ranges'])
+        try:
+            index = json.loads((folder / 'index.json').read_text())
+            found = cls(root, spec, index['batches'], index['ranges'])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{folder}/index.json is damaged ({error!r}); remove {folder} and {again}') from error
+        if found.batches < batches:
+            raise UserError(f'the teacher cache {folder} holds {found.batches} batches, but {batches} are needed; {again}')
+        return found
 
     @property
     def groups(self) -> int:

@@ -18,7 +18,7 @@ from elastic_jax.data.teacher import TeacherCache, TeacherSpec
 from elastic_jax.errors import UserError, WorkError
 from elastic_jax.model.losses import top_k_log_probs
 from elastic_jax.parallel.placement import Placement
-from elastic_jax.parallel.processes import all_agree, is_main
+from elastic_jax.parallel.processes import all_agree, check_same, is_main, together
 from elastic_jax.parallel.sharding import batch_spec
 from elastic_jax.train.curriculum import Stage
 from elastic_jax.train.gradients import manual
@@ -54,7 +54,7 @@ def teacher_spec(plan: Plan, stage: Stage, parent: str) -> TeacherSpec:
     """What the cache of one stage is of; `parent` is the hash of the teacher's parameters."""
     stream = endless_stream(plan.data(stage), 'train', stage.context, plan.config.seed + stage.start)
     own, identity = plan.config.teacher_cache, Batches(stream, stage.batch_size).identity()
-    return TeacherSpec(identity, parent, plan.parent.vocab, own.k, own.tail, stage.context)
+    return TeacherSpec(identity, parent, plan.parent.vocab, own.k, own.tail, stage.context, plan.config.dtype)
 
 
 def open_cache(plan: Plan, stage: Stage, parent: str) -> TeacherCache:
@@ -84,8 +84,9 @@ def cache_teacher(config: ConfigDict, say: Callable[[str], None]) -> list[Teache
     """
     with config.unlocked():
         config.teacher = 'cached'
-    plan = make_plan(config)
-    place = plan.place()
+    plan = together(lambda: make_plan(config))
+    check_same({'config': config.to_json()}, 'start all of them with the same arguments and config file')
+    place = together(plan.place)
     params = initial_params(plan, place)
     parent = parameters_hash(params)
     params = as_teacher(params, plan, place)

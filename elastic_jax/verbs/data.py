@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from elastic_jax.errors import UserError
@@ -26,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from elastic_jax.arch import unknown_name
     from elastic_jax.config_file import load_config
     from elastic_jax.data.show import describe, render
-    from elastic_jax.terminal import shows_colour
+    from elastic_jax.terminal import json_text, shows_colour
     from elastic_jax.train.stage_data import stages_data
 
     stages = stages_data(load_config(arguments.config, arguments.overrides))
@@ -36,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(unknown_name('stage', arguments.stage, [stage.name for stage in stages]))
         stages = found
     described = describe(stages, max(arguments.samples, 0), arguments.tokens, arguments.seconds)
-    print(json.dumps(described) if arguments.json else render(described, color=shows_colour(sys.stdout)))
+    print(json_text(described) if arguments.json else render(described, color=shows_colour(sys.stdout)))
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from elastic_jax.errors import UserError
+from elastic_jax.terminal import json_text
 from elastic_jax.verbs import flags
 
 SUMMARY = 'Score any budgets and widths in one load: held-out text, multiple choice, exact match.'
@@ -25,6 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         help="text or JSONL; may be given again (default: the run's held-out data)",
     )
+    parser.add_argument('--field', help="of --data's JSONL lines: a text, or a chat's messages (default: as the run has it)")
+    parser.add_argument('--loss', help="what of --data's chats counts: all, or answers (default: as the run has it)")
     parser.add_argument('--tasks', action='append', default=[], metavar='FILE', help='JSONL questions; may be given again')
     parser.add_argument('--context', type=int, default=256, help='tokens per sequence')
     parser.add_argument('--batches', type=int, default=32, help='at most this many batches of 8 sequences')
@@ -50,9 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         batches=arguments.batches,
         limit=arguments.limit,
+        **{key: getattr(arguments, key) for key in ('field', 'loss') if getattr(arguments, key) is not None},
     )
     if arguments.json:
-        print(json.dumps({'budgets': [{'name': name, **score} for name, score in scores.items()]}))
+        print(json_text({'budgets': [{'name': name, **score} for name, score in scores.items()]}))
         return 0
     for name, score in scores.items():
         print(f'{name:12s} {_text(score)}')

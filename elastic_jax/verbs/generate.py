@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
 from elastic_jax.errors import UserError
+from elastic_jax.terminal import json_text
 from elastic_jax.verbs import flags
 
 SUMMARY = 'Continue a prompt: with one size, or with one that thinks and another that answers.'
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.think and (arguments.budget or arguments.draft):
         raise UserError('--think and --answer name the sizes; leave out --budget and --draft')
     result, shown = (_think if arguments.think else _continue)(arguments, open_checkpoint(arguments.checkpoint), sampling)
-    print(json.dumps({'prompt': arguments.prompt, **result}) if arguments.json else shown)
+    print(json_text({'prompt': arguments.prompt, **result}) if arguments.json else shown)
     return 0
 
 

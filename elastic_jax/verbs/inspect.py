@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from elastic_jax.verbs import flags
@@ -19,13 +18,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from elastic_jax.api import open_checkpoint
+    from elastic_jax.terminal import json_text, shows, shows_colour
 
     checkpoint = open_checkpoint(arguments.checkpoint)
     if arguments.json:
-        print(json.dumps(checkpoint.describe()))
+        print(json_text(checkpoint.describe()))
         return 0
     from elastic_jax.evaluate.nesting import SHADES
-    from elastic_jax.terminal import shows, shows_colour
 
     print(checkpoint.budgets)
     print()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
+from elastic_jax.terminal import json_text
 from elastic_jax.verbs import flags
 
 SUMMARY = 'Find the best sizes between the trained budgets: quality against cost, as a table, CSV, a picture and widths to slice.'
@@ -60,6 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in names},
     )
     frontier.write(arguments.out)
-    print(json.dumps(frontier.to_json()) if arguments.json else frontier.table(arguments.out))
+    print(json_text(frontier.to_json()) if arguments.json else frontier.table(arguments.out))
     print(f'wrote frontier.csv, frontier.png and widths.json to {arguments.out}', file=sys.stderr)
     return 0

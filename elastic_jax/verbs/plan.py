@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
+from elastic_jax.terminal import json_text
 from elastic_jax.verbs import flags
 
 SUMMARY = 'Compile a run for TPUs that are not here: memory, cycles, collectives, whether it fits, and what to change if not.'
@@ -32,5 +32,5 @@ def run(arguments: argparse.Namespace) -> int:
     only = [name.strip() for name in arguments.programs.split(',')] if arguments.programs else ()
     say = lambda line: print(line, file=sys.stderr, flush=True)
     planned = plan_run(config, arguments.topology, only, say)
-    print(json.dumps(planned.to_json()) if arguments.json else show(planned))
+    print(json_text(planned.to_json()) if arguments.json else show(planned))
     return 0

@@ -1,5 +1,7 @@
 """A cached teacher: files that any process count reads, damage that is said, and training as from the parent itself."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from elastic_jax.train.teacher_cache import as_teacher, cache_teacher, parameter
 from tests.train.test_controls import control
 from tests.train.tiny_experiment import get_config
 
-SPEC = TeacherSpec({'fingerprint': 'f', 'seed': 0}, 'p', vocab=300, k=3, tail=True, context=4)
+SPEC = TeacherSpec({'fingerprint': 'f', 'seed': 0}, 'p', vocab=300, k=3, tail=True, context=4, dtype='float32')
 
 
 def written(root, batches=5, ranges=((0, 2), (2, 6))):
@@ -62,7 +64,11 @@ def test_what_is_not_there_not_finished_too_short_or_damaged_is_said(tmp_path):
     with pytest.raises(UserError, match=r'\.bin is damaged'):
         for batch in range(5):
             cache.rows(batch, np.arange(6))
+    assert dataclasses.replace(SPEC, dtype='bfloat16').name != SPEC.name
     path.write_bytes(bytes(raw[:-9]))
+    (cache.folder / 'index.json').write_text('{"bat')
+    with pytest.raises(UserError, match=r'index\.json is damaged .*; remove .* and run elastic cache-teacher'):
+        TeacherCache.open(tmp_path, SPEC, 5)
     assert sum(not cache.has(group, *own) for group in range(3) for own in cache.ranges) == 1
 
 
