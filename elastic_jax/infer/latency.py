@@ -120,6 +120,9 @@ class Times:
         return len(self._used) - self.measured
 
     def _write(self) -> None:
+        # Another program may have kept times meanwhile.
+        self._all = self._read()
+        self.own = self._all[self.device] = self._all.get(self.device, {}) | self.own
         temporary = self.path.with_suffix(f'.{os.getpid()}.tmp')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

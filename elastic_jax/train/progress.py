@@ -55,6 +55,10 @@ class RunProgress:
         """After a step: `seconds` is what the step took, leaving compilation out."""
         if not self.enabled:
             return
+        for name in self.work:  # in their order: of a run that goes on, stages before this one are done
+            if name == stage:
+                break
+            self.done[name] = self.work[name]
         self.done[stage] = self.work[stage] * step / steps
         if seconds > 0:
             now = self.work[stage] / steps / seconds

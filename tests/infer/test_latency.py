@@ -74,6 +74,12 @@ def test_times_are_kept_by_device_and_not_measured_again(tmp_path, monkeypatch):
             Times(path)
 
 
+def test_two_programs_that_measure_at_once_keep_the_times_of_both(tmp_path):
+    ours, theirs = Times(tmp_path / 'times.json'), Times(tmp_path / 'times.json')
+    assert ours.get('a', lambda: 1.0) == 1.0 and theirs.get('b', lambda: 2.0) == 2.0
+    assert Times(tmp_path / 'times.json').own == {'a': 1.0, 'b': 2.0}
+
+
 @pytest.mark.slow
 def test_a_step_of_a_larger_model_is_timed_as_longer():
     narrow = dataclasses.replace(DENSE, mixers=(MLP(8),), unit_blocks=1)

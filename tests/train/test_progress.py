@@ -21,3 +21,11 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(capsys, monkeypat
     assert first == 'parent: [1.2M] parameters' and len(middle) <= 1
     # A quarter of the work took 50 steps of half a second.
     assert last == 'short 50/50  full 2.500 small 3.000  12,346 tokens/s  1m15s left'
+
+
+def test_stages_before_the_one_that_goes_on_are_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress, 'in_notebook', lambda: False)
+    shown = progress.RunProgress({'pretrain': 100.0, 'long': 10.0})
+    shown.update('long', 9, 10, {}, 10.0, 1.0)
+    shown.update('long', 10, 10, {}, 10.0, 1.0)
+    assert capsys.readouterr().err.splitlines()[-1].endswith('0m00s left')
