@@ -124,6 +124,7 @@ def find_frontier(
         cost,
         serving.how(cost),
         str(checkpoint.path),
+        checkpoint.manifest.step,
         [_row(one, one in best, serving, *slices.get(one.arch, (None, None))) for one in found],
         pool.cost(parent),
         bits(frozen, parent) if frozen else None,

@@ -110,11 +110,6 @@ class PackedRows:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch)
 
-    @property
-    def fill(self) -> float:
-        """Share of the rows' places that hold a token."""
-        return len(self.store.tokens) / (self.per_epoch * self.packed.context)
-
     def pieces(self, rows: np.ndarray) -> Pieces:
         """The pieces of some rows, [n] ascending row numbers."""
         epochs, places = np.divmod(rows, self.per_epoch)

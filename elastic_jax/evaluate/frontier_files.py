@@ -63,13 +63,14 @@ class Frontier:
     """All candidates, cheapest first, and what they are compared with.
 
     Attributes:
-      cost: a key of COSTS. how: the conditions that it was measured under. checkpoint: where slices come from.
+      cost: a key of COSTS. how: the conditions that it was measured under. checkpoint: where slices come from; step: its step.
       full_cost: of the checkpoint's own full widths. parent_bits_per_byte: of the frozen parent, where the run kept it.
     """
 
     cost: str
     how: str
     checkpoint: str
+    step: int
     rows: Sequence[FrontierRow]
     full_cost: float
     parent_bits_per_byte: float | None = None
@@ -100,9 +101,9 @@ class Frontier:
         text = io.StringIO()
         names = [field.name for field in dataclasses.fields(FrontierRow)]
         writer = csv.writer(text, lineterminator='\n')
-        writer.writerow([*names, 'cost_of'])
+        writer.writerow([*names, 'cost_of', 'checkpoint', 'step'])
         for row in self.rows:
-            values = [*(getattr(row, name) for name in names), self.cost]
+            values = [*(getattr(row, name) for name in names), self.cost, self.checkpoint, self.step]
             writer.writerow(['' if value is None else int(value) if isinstance(value, bool) else value for value in values])
         return text.getvalue()
 

@@ -138,7 +138,9 @@ def _frontier(path: epath.Path) -> tuple[Line, ...]:
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         numbers = ('cost', 'bits_per_byte')
-        return tuple(row | {key: float(row[key]) for key in numbers} | {'frontier': row['frontier'] == '1'} for row in rows)
+        # Without a step: of a version that did not write it.
+        own = lambda row: {'frontier': row['frontier'] == '1', 'step': int(row['step']) if row.get('step') else None}
+        return tuple(row | {key: float(row[key]) for key in numbers} | own(row) for row in rows)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f'{path} is no frontier of elastic pareto ({error!r}); write it again, or delete it') from error
 

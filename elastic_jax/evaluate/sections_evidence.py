@@ -138,8 +138,10 @@ def any_size(log: RunLog) -> str:
     )
     widths = f'<details><summary>widths of the frontier</summary><div class="widthlist">{listed}</div></details>'
     hidden = f' {len(rows) - len(shown)} lie above the chart.' if len(shown) < len(rows) else ''
+    step = rows[0]['step']
+    earlier = f' of step {step}, not of the last, {log.step},' if step not in (None, log.step) else ''
     note = (
-        f'{len(rows)} sizes of the same checkpoint by elastic pareto, {len(best)} of which no other beats. '
+        f'{len(rows)} sizes of the same checkpoint{earlier} by elastic pareto, {len(best)} of which no other beats. '
         f'Only the named ones were trained.{hidden}'
     )
     return section('Any size in between', keys + chart + widths, note)

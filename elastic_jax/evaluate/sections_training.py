@@ -15,6 +15,7 @@ from elastic_jax.evaluate.summary import percent
 
 LOSS_OF = {
     'frozen': 'KL to the parent, nats per token',
+    'cached': 'KL to the parent by its cached logits, nats per token',
     'self': 'KL to the full budget, nats per token',
     'none': 'cross-entropy, nats per token',
 }

@@ -29,11 +29,6 @@ class Candidate:
     name: str = ''
     target: float | None = None
 
-    @property
-    def miss(self) -> float | None:
-        """By how much the cost misses its target, as a share of it."""
-        return None if self.target is None else self.cost / self.target - 1.0
-
 
 def non_dominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other matches in both cost and score and beats in one, cheapest first."""

@@ -129,7 +129,7 @@ def evaluated(name: str, score: float) -> dict[str, dict[str, float]]:
     }
 
 
-def write_frontier(workdir: Path) -> list[dict[str, str]]:
+def write_frontier(workdir: Path, step: int) -> list[dict[str, str]]:
     """What `elastic pareto` leaves in WORKDIR/pareto: the budgets, and a better and a worse size. Returns the rows."""
     found = [
         (True, 'small', 540e3, 2.3),
@@ -142,7 +142,7 @@ def write_frontier(workdir: Path) -> list[dict[str, str]]:
         FrontierRow(best, name, 'trained' if name else 'search', cost, score, int(cost), int(cost), 4, 5, f'embed=64,mlp={n}')
         for n, (best, name, cost, score) in enumerate(found)
     ]
-    text = Frontier('parameters', '', str(workdir), rows, 1.21e6).csv()
+    text = Frontier('parameters', '', str(workdir), step, rows, 1.21e6).csv()
     (workdir / 'pareto').mkdir()
     (workdir / 'pareto' / 'frontier.csv').write_text(text)
     return list(csv.DictReader(text.splitlines()))

@@ -140,12 +140,15 @@ def test_evaluators_have_their_last_scores_and_their_course(done):
 
 def test_sizes_in_between_and_baselines_stand_beside_the_budgets(tmp_path):
     workdir, other = write_run(tmp_path / 'run'), write_run(tmp_path / 'other')
-    rows = write_frontier(workdir)
+    rows = write_frontier(workdir, sum(STEPS.values()) - 5)
     page = Page(write_report(workdir, {'alone': other}).read_text())
     tips = [value for _, name, value in page.attributes if name == 'data-tip']
     for row in rows:
         assert any(row['widths'] in tip and f'{float(row["bits_per_byte"]):.4f}' in tip for tip in tips), row
         assert (row['widths'] in page.sections['Any size in between'].replace(' ', '')) == (row['frontier'] == '1')
+        assert row['step'] == str(sum(STEPS.values()) - 5) and row['checkpoint'] == str(workdir)
+    last = f'of step {sum(STEPS.values()) - 5}, not of the last, {sum(STEPS.values())}'
+    assert last in page.sections['Any size in between']
     beside = page.sections['Beside models trained otherwise']
     for name, (_, score) in SCORES.items():
         assert f'alone: {name}' in beside and f'{score:.4f}' in beside
