@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,19 @@ def test_a_slice_is_a_checkpoint_of_its_own(checkpoint, tmp_path):
     narrower = elastic_jax.open_checkpoint(cut.slice(None, tmp_path / 'again', widths={'embed': 8}))
     wanted = expected_params(BUDGETS['small'].narrow({'embed': 8}))
     jax.tree.map(np.testing.assert_array_equal, narrower.load('full').params, wanted)
+
+
+def test_a_file_is_scored_as_the_run_reads_its_own_or_as_is_said(checkpoint, workdir, tmp_path):
+    chats = tmp_path / 'chats.jsonl'
+    chats.write_text(json.dumps({'messages': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yo'}]}))
+    with pytest.raises(UserError, match=r"chats\.jsonl:1 has no field 'text'"):
+        checkpoint.heldout(str(chats))
+    (said,) = checkpoint.heldout(str(chats), field='messages', loss='answers')
+    shutil.copytree(workdir, tmp_path / 'run')
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps({'data': {'field': 'messages', 'loss': 'answers'}}))
+    (as_run,) = elastic_jax.open_checkpoint(tmp_path / 'run').heldout(str(chats))
+    np.testing.assert_array_equal(said['loss_mask'], as_run['loss_mask'])
+    assert said['loss_mask'].sum() == len('yo<|im_end|>') + 1
 
 
 MISTAKES = {

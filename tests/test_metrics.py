@@ -1,6 +1,7 @@
 """metrics.jsonl survives damage: what cannot be read is counted and said, never passed over in silence."""
 
 import json
+from contextlib import closing
 
 import pytest
 from etils import epath
@@ -67,3 +68,16 @@ def test_the_report_shows_the_damage(tmp_path):
     assert 'class="warn"' not in write_report(workdir).read_text()
     damage(workdir / 'metrics.jsonl', {4: b'{<b>'})
     assert '1 damaged line is passed over (line 4)' in write_report(workdir).read_text()
+
+
+@pytest.mark.parametrize('appends', [True, False], ids=['local', 'objects'])
+def test_a_run_that_ended_before_its_last_evaluation_takes_the_lines_of_that_again(tmp_path, monkeypatch, appends):
+    monkeypatch.setattr('elastic_jax.metrics.appendable', lambda path: appends)
+    for ended, sample in ((False, 'first'), (True, 'second')):
+        with closing(MetricsWriter(epath.Path(tmp_path), 3 if ended else None, ended=ended)) as writer:
+            if not ended:
+                writer.write('train', 3, loss=1.0)
+                writer.write('stage', 3, stage='long', event='end')
+                writer.saved(3)
+            writer.write('samples', 3, text=sample)
+    assert [line.get('text', line['kind']) for line in read_metrics(tmp_path)] == ['train', 'stage', 'second']
