@@ -61,6 +61,13 @@ def test_slice_writes_an_ordinary_checkpoint_with_the_same_numbers(capsys, finis
     assert status == 2 and 'exists already' in err
 
 
+def test_an_export_of_a_run_from_scratch_names_the_longest_context_that_it_was_trained_on(capsys, finished_run, tmp_path):
+    out = tmp_path / 'hf'
+    status, _, err = run(capsys, 'slice', '--checkpoint', finished_run, '--budget', 'small', '--format', 'hf', '--out', out)
+    assert status == 0, err
+    assert json.loads((out / 'config.json').read_text())['max_position_embeddings'] == 64
+
+
 def test_slice_in_bfloat16_halves_the_weights(capsys, finished_run, tmp_path):
     out = tmp_path / 'half'
     assert run(capsys, 'slice', '--checkpoint', finished_run, '--budget', 'small', '--out', out, '--dtype', 'bfloat16')[0] == 0

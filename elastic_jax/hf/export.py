@@ -74,6 +74,7 @@ def export_folder(
     hf_config: Mapping[str, Any] | None = None,
     tokenizer_folder: str | os.PathLike[str] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    context: int | None = None,
     card: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
@@ -86,7 +87,7 @@ def export_folder(
         `layout`. edge: (group, name, axis) -> of the chunks that it is stored in.
       dtype: what config.json names. dtype_of: (group, name) -> that of a leaf in the files (default: `dtype`).
       hf_config: config.json of the imported parent; what the slice does not change is kept from it.
-      eos_token_id: what ends a text, where there is no `hf_config` to name it.
+      eos_token_id: what ends a text; context: tokens that it was trained on at once. Where there is no `hf_config` to name them.
       card: facts for the model card (see `card.model_card`).
     Raises: UserError when the family cannot hold the slice (offering the nearest it can) or `out` is not empty; WorkError
       when the disk is full.
@@ -97,7 +98,7 @@ def export_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists and is not an empty folder; take another --out')
     family = family_for(arch, hf_config)
-    config = _config(arch, family.to_config(arch), family, dtype, hf_config, eos_token_id)
+    config = _config(arch, family.to_config(arch), family, dtype, hf_config, eos_token_id, context)
     tensors = tied_copy(arch, family.names, layout) + hf_tensors(arch, family.names, layout)
 
     partial = out.with_name(f'{out.name}.partial-{os.getpid()}')
@@ -131,12 +132,15 @@ def _config(
     dtype: str,
     parent: Mapping[str, Any] | None,
     eos_token_id: int | Sequence[int] | None,
+    context: int | None,
 ) -> dict[str, Any]:
     if parent and parent.get('model_type') == family.model_type:
         kept = {key: value for key, value in parent.items() if key not in (*NOT_KEPT, *family.replaced)}
     else:
         # Families have token ids of their own by default, which would be wrong here.
         kept = {'bos_token_id': None, 'eos_token_id': eos_token_id, 'pad_token_id': None}
+        if context:
+            kept['max_position_embeddings'] = context
     for mixer in arch.mixers:
         unaligned = isinstance(mixer, MoE) and any(
             width * DTYPES[dtype].itemsize % 16 for width in (arch.embed, mixer.expert_width)

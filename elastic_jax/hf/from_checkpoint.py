@@ -45,6 +45,7 @@ def export_checkpoint(
         hf_config=manifest.hf_config,
         tokenizer_folder=tokenizer_files(checkpoint, manifest),
         eos_token_id=None if manifest.hf_config else _ends(checkpoint, manifest),
+        context=manifest.extra.get('context'),
         card=_facts(manifest, budget),
         max_shard_bytes=max_shard_bytes,
     )

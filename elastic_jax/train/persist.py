@@ -146,6 +146,7 @@ class Store:
                 'metric': plan.config.metric,
                 'teacher': plan.config.teacher,
                 'parent_hash': self.parent_hash,
+                'context': max(stage.context for stage in plan.stages),
             },
         )
 

@@ -152,8 +152,9 @@ def test_config_is_what_vllm_reads_and_carries_no_code(tmp_path):
     assert config['hybrid_override_pattern'] == 'ME*-' and config['num_hidden_layers'] == 4
     assert config['max_position_embeddings'] == 77 and config['hidden_size'] == 24
     assert not {'auto_map', 'layers_block_type', 'time_step_limit'} & set(config)
-    bare = export(tmp_path / 'bare', random_params(HYBRID), HYBRID, eos_token_id=3)
+    bare = export(tmp_path / 'bare', random_params(HYBRID), HYBRID, eos_token_id=3, context=48)
     assert json.loads((bare / 'generation_config.json').read_text()) == {'eos_token_id': 3}
+    assert json.loads((bare / 'config.json').read_text())['max_position_embeddings'] == 48
 
 
 def test_tokenizer_files_and_model_card_go_along(tmp_path):
