@@ -81,7 +81,8 @@ def keep_tokenizer(workdir: epath.Path, folder: str, parent: str = '', anew: boo
     """
     kept = workdir / 'tokenizer'
     if anew and kept.exists() and epath.Path(folder).resolve() != kept.resolve():
-        kept.rmtree()
+        for name in TOKENIZER_FILES:  # whatever else is there is not a run's
+            (kept / name).unlink(missing_ok=True)
     if folder == 'bytes':
         carried = tokenizer_files(parent, read_manifest(parent)) if parent else None
         if carried is None:

@@ -216,5 +216,7 @@ def test_a_runs_tokenizer_is_kept_beside_its_checkpoints(tmp_path):
     (tmp_path / 'other' / 'tokenizer.json').write_text('other')
     config = get_config()
     config.data.tokenizer = str(tmp_path / 'other')
+    (tmp_path / 'run' / 'tokenizer' / 'notes.txt').write_text('mine')  # and nothing else is touched
     claim_workdir(epath.Path(tmp_path / 'run'), config)
-    assert [path.read_text() for path in (tmp_path / 'run' / 'tokenizer').iterdir()] == ['other']
+    kept = {path.name: path.read_text() for path in (tmp_path / 'run' / 'tokenizer').iterdir()}
+    assert kept == {'tokenizer.json': 'other', 'notes.txt': 'mine'}
