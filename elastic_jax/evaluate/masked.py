@@ -14,7 +14,7 @@ from elastic_jax.evaluate.perplexity import Batch, score
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
-from elastic_jax.model.losses import cross_entropy_losses
+from elastic_jax.model.losses import Students, cross_entropy_losses
 from elastic_jax.nest.masks import Masks, hard_masks, mask_params, softs
 
 
@@ -24,8 +24,8 @@ def _summed_loss(params: Any, masks: Masks, batch: Batch, parent: Arch, layout: 
     context = context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=parent.norm_eps, dtype=dtype)
     masked = mask_params(params, parent, masks, layout)
     hidden_BxTxD, _ = hidden_states(masked, batch['tokens'], parent, context, softs(parent, masks, layout))
-    heads = [(hidden_BxTxD, unembedding(masked))]
-    return cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], 1.0, chunk)[0]
+    students = [Students((hidden_BxTxD,), unembedding(masked))]
+    return cross_entropy_losses(students, [1.0], batch['targets'], batch['loss_mask'], 1.0, chunk)[0]
 
 
 def evaluate_masked(

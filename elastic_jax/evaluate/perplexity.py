@@ -15,7 +15,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.errors import WorkError
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
-from elastic_jax.model.losses import cross_entropy_losses
+from elastic_jax.model.losses import Students, cross_entropy_losses
 
 Batch = dict[str, np.ndarray]
 INPUTS = ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')
@@ -26,8 +26,8 @@ def _summed_loss(params: Any, batch: Batch, arch: Arch, dtype: Any, chunk: int) 
     """Total nats over the scored tokens of a batch."""
     context = context_for(batch['tokens'], batch['segment_ids'], batch['positions'], norm_eps=arch.norm_eps, dtype=dtype)
     hidden_BxTxD, _ = hidden_states(params, batch['tokens'], arch, context)
-    heads = [(hidden_BxTxD, unembedding(params))]
-    return cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], 1.0, chunk)[0]
+    students = [Students((hidden_BxTxD,), unembedding(params))]
+    return cross_entropy_losses(students, [1.0], batch['targets'], batch['loss_mask'], 1.0, chunk)[0]
 
 
 def evaluate(params: Any, arch: Arch, batches: Iterable[Batch], dtype: Any = jnp.float32, chunk: int = 512) -> dict[str, float]:

@@ -8,7 +8,7 @@ backward pass neither stores nor recomputes logits, and the teacher's logits are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,41 +19,52 @@ from elastic_jax.model.collectives import Axes, part_index, total
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel
 from elastic_jax.model.kl_kernel import fits_kl_kernel, kl_and_gradient_by_kernel, top_and_sum_by_kernel
 
-Hiddens = tuple[jax.Array, ...]
+Arrays = tuple[jax.Array, ...]
+
+
+class Students(NamedTuple):
+    """Budgets of one unembedding [D, V], of which each uses as many leading rows as its hidden states [B, T, D'] are wide.
+
+    Nothing is cut out: the rows are read where they lie, and the budgets' gradients are added up in one table.
+    """
+
+    hiddens: Arrays
+    kernel_DxV: jax.Array
 
 
 def kl_losses(
-    students: Sequence[tuple[jax.Array, jax.Array]],
+    students: Sequence[Students],
+    weights: Sequence[float],
     teacher: tuple[jax.Array, jax.Array],
     mask_BxT: jax.Array,
     count: jax.Array | float,
     chunk: int = 512,
     axes: Axes = (),
     target: Target = ANYWHERE,
-) -> jax.Array:
-    """Forward KL(teacher ‖ student) in nats per token, for each student: [N].
+) -> tuple[jax.Array, jax.Array]:
+    """Forward KL(teacher ‖ student) in nats per token: (the weighted sum; each budget's [N], of which no gradient flows).
 
     Args:
-      students: (hidden states [B, T, D'], unembedding [D', V]) of each budget; D' may differ.
-      teacher: the same of the teacher; no gradient flows to it.
+      students: N budgets in all. weights: of each in the sum.
+      teacher: (hidden states [B, T, D], unembedding [D, V]); no gradient flows to it.
       mask_BxT: weight of each token. count: what the weighted sum is divided by.
       axes: the mesh axes that split the vocabulary. target: a Context's.
     """
-    hiddens, tables = zip(*students, strict=True)
-    teacher = jax.lax.stop_gradient(teacher)
-    return _fused_losses(_How('kl', chunk, axes, target), tuple(hiddens), tuple(tables), teacher, mask_BxT / count)
+    how = _How('kl', tuple(weights), chunk, axes, target)
+    return _fused_losses(how, tuple(students), jax.lax.stop_gradient(teacher), mask_BxT / count)
 
 
 def top_k_kl_losses(
-    students: Sequence[tuple[jax.Array, jax.Array]],
+    students: Sequence[Students],
+    weights: Sequence[float],
     ids_BxTxK: jax.Array,
     log_p_BxTxK1: jax.Array,
     mask_BxT: jax.Array,
     count: jax.Array | float,
     chunk: int = 512,
     axes: Axes = (),
-) -> jax.Array:
-    """KL from a teacher of which only the top k probabilities and the mass of all others are known, for each student: [N].
+) -> tuple[jax.Array, jax.Array]:
+    """KL from a teacher of which only the top k probabilities and the mass of all others are known.
 
     With the tail as one outcome, P = Σ_{j∉K} p_j and Q = Σ_{j∉K} q_j:
 
@@ -64,12 +75,11 @@ def top_k_kl_losses(
 
     Args:
       ids_BxTxK: the top k tokens. log_p_BxTxK1: their log-probabilities, and last that of the tail (−inf: no tail); scaled here
-        to sum to 1. The others as of `kl_losses`.
+        to sum to 1. The others, and what comes back, as of `kl_losses`.
     """
-    hiddens, tables = zip(*students, strict=True)
     log_p = jax.nn.log_softmax(log_p_BxTxK1.astype(jnp.float32))
     target = (ids_BxTxK.astype(jnp.int32), log_p)
-    return _fused_losses(_How('top_k', chunk, axes), tuple(hiddens), tuple(tables), target, mask_BxT / count)
+    return _fused_losses(_How('top_k', tuple(weights), chunk, axes), tuple(students), target, mask_BxT / count)
 
 
 def top_k_log_probs(
@@ -98,67 +108,112 @@ def top_k_log_probs(
 
 
 def cross_entropy_losses(
-    students: Sequence[tuple[jax.Array, jax.Array]],
+    students: Sequence[Students],
+    weights: Sequence[float],
     targets_BxT: jax.Array,
     mask_BxT: jax.Array,
     count: jax.Array | float,
     chunk: int = 512,
     axes: Axes = (),
-) -> jax.Array:
-    """Cross-entropy with the next tokens in nats per token, for each student: [N]. Arguments as of `kl_losses`."""
-    hiddens, tables = zip(*students, strict=True)
-    return _fused_losses(_How('cross_entropy', chunk, axes), tuple(hiddens), tuple(tables), targets_BxT, mask_BxT / count)
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy with the next tokens in nats per token. Arguments, and what comes back, as of `kl_losses`."""
+    how = _How('cross_entropy', tuple(weights), chunk, axes)
+    return _fused_losses(how, tuple(students), targets_BxT, mask_BxT / count)
 
 
 class _How(NamedTuple):
     """Which loss, and how it is computed: arguments of the public functions."""
 
     kind: str
+    weights: tuple[float, ...]
     chunk: int
     axes: Axes
     target: Target = ANYWHERE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_losses(how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array) -> jax.Array:
-    return _run(how, hiddens, tables, target, weight_BxT, with_gradients=False)[0]
+def _fused_losses(how: _How, students: tuple[Students, ...], target: Any, weight_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    losses_N = _run(how, students, target, weight_BxT, with_gradients=False)[0]
+    return _weighted(how, losses_N), losses_N
+
+
+def _weighted(how: _How, losses_N: jax.Array) -> jax.Array:
+    return losses_N @ jnp.asarray(how.weights, jnp.float32)
 
 
 def _run(
-    how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array, with_gradients: bool
-) -> tuple[jax.Array, Hiddens, Hiddens]:
-    """(losses [N], gradients of the hiddens, gradients of the unembeddings in float32)."""
+    how: _How, students: tuple[Students, ...], target: Any, weight_BxT: jax.Array, with_gradients: bool
+) -> tuple[jax.Array, tuple[Students, ...]]:
+    """(losses [N], gradients of the weighted sum by the students: of unembeddings in float32)."""
     length = weight_BxT.shape[1]
     chunk = min(how.chunk, length)
     teacher_table = None
     if how.kind == 'kl':
         target, teacher_table = target
-    split = lambda x: _split(x, chunk)
-    scanned = jax.tree.map(split, (hiddens, weight_BxT, target))
+    scanned = jax.tree.map(lambda x: _split(x, chunk), ([own.hiddens for own in students], weight_BxT, target))
+    shares = iter(how.weights)
+    shares = [[next(shares) for _ in own.hiddens] for own in students]
 
-    def step(table_grads: Hiddens, inputs: Any) -> tuple[Hiddens, Any]:
+    def step(sums: list[Arrays], inputs: Any) -> tuple[list[Arrays], Any]:
         chunk_hiddens, weight_BxQ, chunk_target = inputs
-        compare = _comparison(how, chunk_target, teacher_table, tables[0].shape[-1])
-        losses, hidden_grads, new_grads = [], [], []
-        for hidden, table, table_grad in zip(chunk_hiddens, tables, table_grads, strict=True):
-            per_token, grad = compare(_logits(hidden, table), weight_BxQ, hidden.dtype)
-            # Not 0 · per_token: a masked token may be infinite.
-            losses.append(jnp.sum(jnp.where(weight_BxQ > 0, per_token * weight_BxQ, 0.0)))
+        compare = _comparison(how, chunk_target, teacher_table, students[0].kernel_DxV.shape[-1])
+        losses, hidden_grads, new_sums = [], [], []
+        for (_, table), hiddens, own, share in zip(students, chunk_hiddens, sums, shares, strict=True):
+            grads = []
+            for hidden, weight in zip(hiddens, share, strict=True):
+                rows_DxV = table[: hidden.shape[-1]].astype(hidden.dtype)
+                per_token, grad = compare(_logits(hidden, rows_DxV), weight_BxQ, weight, hidden.dtype)
+                # Not 0 · per_token: a masked token may be infinite.
+                losses.append(jnp.sum(jnp.where(weight_BxQ > 0, per_token * weight_BxQ, 0.0)))
+                grads.append((jnp.einsum('bqv,dv->bqd', grad, rows_DxV) if with_gradients else None, grad))
             if with_gradients:
-                hidden_grads.append(jnp.einsum('bqv,dv->bqd', grad, table.astype(grad.dtype)))
-                new_grads.append(table_grad + jnp.einsum('bqd,bqv->dv', hidden, grad, preferred_element_type=jnp.float32))
-        return tuple(new_grads) if with_gradients else table_grads, (jnp.stack(losses), tuple(hidden_grads))
+                hidden_grads.append(tuple(by_hidden for by_hidden, _ in grads))
+                new_sums.append(_add_bands(own, hiddens, [by_logits for _, by_logits in grads]))
+        return new_sums if with_gradients else sums, (jnp.stack(losses), hidden_grads)
 
-    zeros = tuple(jnp.zeros(table.shape if with_gradients else (), jnp.float32) for table in tables)
-    table_grads, (losses_CxN, hidden_grads) = jax.lax.scan(step, zeros, scanned)
-    join = lambda x: _join(x, length)
+    zeros = [_zero_bands(own) if with_gradients else () for own in students]
+    sums, (losses_CxN, hidden_grads) = jax.lax.scan(step, zeros, scanned)
     # Each device saw its part of the vocabulary.
-    losses_N, hidden_grads = total((losses_CxN.sum(0), tuple(map(join, hidden_grads))), how.axes)
-    return losses_N, hidden_grads, table_grads
+    joined = jax.tree.map(lambda x: _join(x, length), hidden_grads)
+    losses_N, hidden_grads = total((losses_CxN.sum(0), joined), how.axes)
+    if not with_gradients:
+        return losses_N, ()
+    tables = [_joined_bands(own, len(student.kernel_DxV)) for own, student in zip(sums, students, strict=True)]
+    return losses_N, tuple(map(Students, hidden_grads, tables))
 
 
-# (logits [B, Q, V'], weight [B, Q], dtype) -> (this device's part of the loss [B, Q], weighted gradient by the logits in dtype)
-Comparison = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+def _bands(widths: Iterable[int]) -> list[tuple[int, int]]:
+    """Rows of an unembedding that the same budgets use, each (first, end): what they add is added to one array, in place."""
+    ends = sorted(set(widths))
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _zero_bands(own: Students) -> Arrays:
+    bands = _bands(hidden.shape[-1] for hidden in own.hiddens)
+    return tuple(jnp.zeros((end - first, own.kernel_DxV.shape[-1]), jnp.float32) for first, end in bands)
+
+
+def _add_bands(sums: Arrays, hiddens: Arrays, grads: Sequence[jax.Array]) -> Arrays:
+    """`sums` and the hidden states times the gradients by the logits."""
+    result = []
+    for own, (first, end) in zip(sums, _bands(hidden.shape[-1] for hidden in hiddens), strict=True):
+        for hidden, grad in zip(hiddens, grads, strict=True):
+            if hidden.shape[-1] >= end:
+                rows = hidden[..., first:end]
+                own = own + jnp.einsum('bqd,bqv->dv', rows, grad, preferred_element_type=jnp.float32)
+        result.append(own)
+    return tuple(result)
+
+
+def _joined_bands(sums: Arrays, rows: int) -> jax.Array:
+    """The gradient of the whole unembedding, of whose last rows there may be no use."""
+    used = jnp.concatenate(sums)
+    return jnp.pad(used, ((0, rows - len(used)), (0, 0)))
+
+
+# (logits [B, Q, V'], weight [B, Q], the budget's weight, dtype) -> (this device's part of the loss [B, Q], the gradient of the
+# weighted sum by the logits in dtype)
+Comparison = Callable[[jax.Array, jax.Array, float, Any], tuple[jax.Array, jax.Array]]
 
 
 def _comparison(how: _How, target: Any, teacher_table: jax.Array | None, own_vocab: int) -> Comparison:
@@ -170,10 +225,10 @@ def _comparison(how: _How, target: Any, teacher_table: jax.Array | None, own_voc
         p = jax.nn.one_hot(target - part_index(how.axes) * own_vocab, own_vocab, dtype=jnp.float32)
         against = lambda log_q: (-jnp.sum(p * log_q, axis=-1), p)
 
-    def compare(z: jax.Array, weight_BxQ: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def compare(z: jax.Array, weight_BxQ: jax.Array, share: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
         log_q = z - _log_total(z, how.axes)
         per_token, p = against(log_q)
-        return per_token, ((jnp.exp(log_q) - p) * weight_BxQ[..., None]).astype(dtype)
+        return per_token, ((jnp.exp(log_q) - p) * (share * weight_BxQ)[..., None]).astype(dtype)
 
     return compare
 
@@ -183,8 +238,8 @@ def _kl_comparison(how: _How, teacher_BxQxV: jax.Array) -> Comparison:
     log_total = lambda z: _log_total(z, how.axes, target)
     teacher_log_total = log_total(teacher_BxQxV)
 
-    def compare(z: jax.Array, weight_BxQ: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        args = z, teacher_BxQxV, log_total(z), teacher_log_total, weight_BxQ[..., None]
+    def compare(z: jax.Array, weight_BxQ: jax.Array, share: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        args = z, teacher_BxQxV, log_total(z), teacher_log_total, (share * weight_BxQ)[..., None]
         return by_kernel(target, partial(_by_rows, kl_and_gradient_by_kernel, dtype), partial(_kl_and_gradient, dtype), *args)
 
     return compare
@@ -267,16 +322,14 @@ def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum('bqd,dv->bqv', hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _forward(how: _How, hiddens: Hiddens, tables: Hiddens, target: Any, weight_BxT: jax.Array) -> Any:
-    losses, hidden_grads, table_grads = _run(how, hiddens, tables, target, weight_BxT, with_gradients=True)
-    table_grads = tuple(grad.astype(table.dtype) for grad, table in zip(table_grads, tables, strict=True))
-    return losses, (hidden_grads, table_grads)
+def _forward(how: _How, students: tuple[Students, ...], target: Any, weight_BxT: jax.Array) -> Any:
+    losses_N, grads = _run(how, students, target, weight_BxT, with_gradients=True)
+    grads = jax.tree.map(lambda grad, own: grad.astype(own.dtype), grads, students)
+    return (_weighted(how, losses_N), losses_N), grads
 
 
-def _backward(how: _How, residuals: Any, cotangent_N: jax.Array) -> Any:
-    hidden_grads, table_grads = residuals
-    scale = lambda grads: tuple((cotangent_N[n] * grad).astype(grad.dtype) for n, grad in enumerate(grads))
-    return scale(hidden_grads), scale(table_grads), None, None
+def _backward(how: _How, grads: tuple[Students, ...], cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    return jax.tree.map(lambda grad: (cotangents[0] * grad).astype(grad.dtype), grads), None, None
 
 
 _fused_losses.defvjp(_forward, _backward)

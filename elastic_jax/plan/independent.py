@@ -34,13 +34,13 @@ def independent_program(plan: Plan, stage: Stage, arch: Arch, place: Placement) 
 
     def loss_fn(params: Any, teacher: Any, batch: Any, count: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         context = step_context(batch, arch, config)
-        heads, _ = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
+        students, _ = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
         if plan.config.teacher in ('frozen', 'cached'):
-            losses = distillation(heads, teacher, batch, count, parent, context, config)
+            loss, _ = distillation([students], [1.0], teacher, batch, count, parent, context, config)
         else:
             shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
-            losses = cross_entropy_losses(heads, batch['targets'], *shared)
-        return losses[0], {'loss/alone': losses[0]}
+            loss, _ = cross_entropy_losses([students], [1.0], batch['targets'], *shared)
+        return loss, {'loss/alone': loss}
 
     # Both are split over the mesh in the same way, as the mesh fits both.
     gradients = loss_and_gradients(loss_fn, arch, config)

@@ -20,6 +20,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.collectives import fetch
 from elastic_jax.model.context import HARD, Context, Soft
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
+from elastic_jax.model.losses import Students
 from elastic_jax.model.params import Param, Table, layer_name, param_table
 from elastic_jax.nest.slice import slice_leaf
 from elastic_jax.parallel.sharding import fetch_axes
@@ -55,8 +56,8 @@ def lockstep(
     context: Context,
     stack: Stack,
     softs: Sequence[dict[str, Soft]] | None = None,
-) -> tuple[list[tuple[jax.Array, jax.Array]], list[Aux]]:
-    """((final hidden states [B, T, D'], unembedding [D', V]) of every budget, its aux by block).
+) -> tuple[Students, list[Aux]]:
+    """(final hidden states [B, T, D'] of every budget with the parent's unembedding, each budget's aux by block).
 
     `params` are the parent's, as stored; gradients of the slices land in them by autodiff. `softs` holds, for each budget, what
     soft masks need beside masked parameters: a Soft for each block and for `final_norm`.
@@ -105,12 +106,11 @@ def lockstep(
                 for n, aux in enumerate(by_budget):
                     if archs[n].mixers[i] is not None:
                         auxes[n][layer_name(i)] = aux
-    heads = []
+    hiddens = []
     for n, x_BxTxD in enumerate(streams):
-        rest = {group: cut(leaves, group, n) for group, leaves in outside.items()}
-        ratio = softs[n]['final_norm'].embed_ratio if softs else 1.0
-        heads.append((final_norm(rest, x_BxTxD, context, ratio), unembedding(rest)))
-    return heads, auxes
+        norm = {'final_norm': cut(outside['final_norm'], 'final_norm', n)}
+        hiddens.append(final_norm(norm, x_BxTxD, context, softs[n]['final_norm'].embed_ratio if softs else 1.0))
+    return Students(tuple(hiddens), unembedding(outside)), auxes
 
 
 def _run_unit(blocks: list[Callable[..., Any]], inputs: list[list[Any]], streams: list[jax.Array]) -> tuple[list, list]:

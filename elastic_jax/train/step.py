@@ -16,7 +16,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.collectives import WHOLE, Shards, total
 from elastic_jax.model.context import Context, context_for
 from elastic_jax.model.kernels import Target, target_of
-from elastic_jax.model.losses import cross_entropy_losses, kl_losses, top_k_kl_losses
+from elastic_jax.model.losses import Students, cross_entropy_losses, kl_losses, top_k_kl_losses
 from elastic_jax.nest.budgets import Grid, Metric
 from elastic_jax.nest.masks import mask_params, softs
 from elastic_jax.nest.router import Anneal, budget_loss, gumbel_softmax, router_logits, soft_masks
@@ -87,9 +87,9 @@ def pretrain_loss(arch: Arch, config: StepConfig, auxiliary_weight: float = 0.0)
 
     def loss_fn(params: Any, fixed: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
         context = step_context(batch, arch, config)
-        heads, [aux] = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
-        vocab_axes = context.shards.of('vocab')
-        loss = cross_entropy_losses(heads, batch['targets'], batch['loss_mask'], count, config.chunk, vocab_axes)[0]
+        students, [aux] = lockstep(params, batch['tokens'], arch, [arch], context, config.stack(arch))
+        shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
+        loss, _ = cross_entropy_losses([students], [1.0], batch['targets'], *shared)
         metrics = {'loss': loss, **_loads(aux, 'full')}
         balance = [block['balance_loss'] for block in aux.values() if 'balance_loss' in block]
         share = total(jnp.sum(batch['loss_mask']), context.shards.data) / count
@@ -119,36 +119,48 @@ def elastic_loss(
 
     def loss_fn(params: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
         context = step_context(batch, parent, config)
-        heads, auxes = lockstep(params, batch['tokens'], parent, archs, context, config.stack(parent))
+        students, auxes = lockstep(params, batch['tokens'], parent, archs, context, config.stack(parent))
         shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
         if teacher in ('frozen', 'cached'):
-            losses = distillation(heads, teacher_params, batch, count, parent, context, config)
-        elif teacher == 'self' and len(heads) > 1:
-            small = kl_losses(heads[1:], heads[0], *shared, context.target)
-            losses = jnp.concatenate([cross_entropy_losses(heads[:1], batch['targets'], *shared), small])
+            loss, losses_N = distillation([students], weights, teacher_params, batch, count, parent, context, config)
+        elif teacher == 'self' and len(archs) > 1:
+            full, small = (Students(hiddens, students.kernel_DxV) for hiddens in (students.hiddens[:1], students.hiddens[1:]))
+            own_loss, own_N = cross_entropy_losses([full], weights[:1], batch['targets'], *shared)
+            from_full = (full.hiddens[0], full.kernel_DxV)
+            loss, losses_N = kl_losses([small], weights[1:], from_full, *shared, context.target)
+            loss, losses_N = own_loss + loss, jnp.concatenate([own_N, losses_N])
         else:
-            losses = cross_entropy_losses(heads, batch['targets'], *shared)
-        metrics = {f'loss/{name}': losses[n] for n, name in enumerate(names)}
+            loss, losses_N = cross_entropy_losses([students], weights, batch['targets'], *shared)
+        metrics = {f'loss/{name}': losses_N[n] for n, name in enumerate(names)}
         for name, aux in zip(names, auxes, strict=True):
             metrics |= _loads(aux, name)
-        return losses @ jnp.asarray(weights, jnp.float32), metrics
+        return loss, metrics
 
     return loss_fn
 
 
 def distillation(
-    heads: Sequence[Any], teacher_params: Any, batch: Batch, count: jax.Array, parent: Arch, context: Context, config: StepConfig
-) -> jax.Array:
-    """KL of each head from the frozen parent [N]: from its cached top k where the batch carries them, else computed here."""
+    students: Sequence[Students],
+    weights: Sequence[float],
+    teacher_params: Any,
+    batch: Batch,
+    count: jax.Array,
+    parent: Arch,
+    context: Context,
+    config: StepConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """`kl_losses` from the frozen parent: from its cached top k where the batch carries them, else computed here."""
     shared = (batch['loss_mask'], count, config.chunk, context.shards.of('vocab'))
     if 'teacher_ids' in batch:
-        return top_k_kl_losses(heads, batch['teacher_ids'], batch['teacher_log_p'], *shared)
-    return kl_losses(heads, teacher_head(teacher_params, batch, parent, context, config), *shared, context.target)
+        return top_k_kl_losses(students, weights, batch['teacher_ids'], batch['teacher_log_p'], *shared)
+    teacher = teacher_head(teacher_params, batch, parent, context, config)
+    return kl_losses(students, weights, teacher, *shared, context.target)
 
 
 def teacher_head(params: Any, batch: Batch, parent: Arch, context: Context, config: StepConfig) -> tuple[jax.Array, jax.Array]:
     """(final hidden states, unembedding) of the frozen parent."""
-    return lockstep(params, batch['tokens'], parent, [parent], context, config.teacher_stack(parent))[0][0]
+    students, _ = lockstep(params, batch['tokens'], parent, [parent], context, config.teacher_stack(parent))
+    return students.hiddens[0], students.kernel_DxV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +181,11 @@ def masked_loss(parent: Arch, config: StepConfig) -> Loss:
     """Distillation of parents under soft masks: learned are (masked parameters, Softs by block) of each."""
 
     def loss_fn(learned: Any, teacher_params: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
-        context, stack, heads = step_context(batch, parent, config), config.stack(parent), []
-        for masked, soft in learned:
-            heads += lockstep(masked, batch['tokens'], parent, [parent], context, stack, [soft])[0]
-        losses_K = distillation(heads, teacher_params, batch, count, parent, context, config)
-        return losses_K.sum(), {'loss/drawn': losses_K}
+        context, stack = step_context(batch, parent, config), config.stack(parent)
+        run = lambda masked, soft: lockstep(masked, batch['tokens'], parent, [parent], context, stack, [soft])[0]
+        students, weights = [run(*own) for own in learned], [1.0] * len(learned)
+        loss, losses_K = distillation(students, weights, teacher_params, batch, count, parent, context, config)
+        return loss, {'loss/drawn': losses_K}
 
     return loss_fn
 

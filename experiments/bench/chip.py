@@ -44,7 +44,7 @@ from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
-from elastic_jax.model.losses import kl_losses
+from elastic_jax.model.losses import Students, kl_losses
 from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
@@ -142,18 +142,18 @@ VOCAB, HEADS_OF, TOKENS = 131072, (2688, 2240, 1856), 1024  # the embedding of e
 def head(length: int = 8192) -> Piece:
     """The unembedding of the teacher and of all budgets, with the divergence between them and its gradients."""
     hidden = [((1, length, width), jnp.bfloat16) for width in HEADS_OF]
-    kernels = [((width, VOCAB), jnp.bfloat16) for width in HEADS_OF]
+    kernel = ((HEADS_OF[0], VOCAB), jnp.bfloat16)
     count = len(HEADS_OF)
 
     def form(kernels: bool, *args: jax.Array) -> jax.Array:
-        students, teacher = zip(args[:count], args[count : 2 * count], strict=True), args[2 * count : -1]
-        return kl_losses(tuple(students), teacher, args[-1], float(length), TOKENS, target=Target(kernels=kernels))
+        students, teacher = Students(args[:count], args[count]), args[count + 1 : -1]
+        return kl_losses([students], [1.0] * count, teacher, args[-1], float(length), TOKENS, target=Target(kernels=kernels))[0]
 
-    # One matmul of the teacher, three of every budget; every table and hidden state once, with its gradient.
+    # One matmul of the teacher, three of every budget; both tables and every hidden state once, with its gradient.
     flops = 2 * length * VOCAB * (HEADS_OF[0] + 3 * sum(HEADS_OF))
-    size = 2 * (HEADS_OF[0] + 2 * sum(HEADS_OF)) * (length + VOCAB)
-    args = (*hidden, *kernels, hidden[0], kernels[0], ((1, length), jnp.float32))
-    return Piece(partial(form, False), partial(form, True), args, ((count,), jnp.float32), 2 * count, flops, size)
+    size = 2 * ((HEADS_OF[0] + 2 * sum(HEADS_OF)) * length + 3 * HEADS_OF[0] * VOCAB)
+    args = (*hidden, kernel, hidden[0], kernel, ((1, length), jnp.float32))
+    return Piece(partial(form, False), partial(form, True), args, ((), jnp.float32), count + 1, flops, size)
 
 
 PIECES = {

@@ -30,7 +30,7 @@ from elastic_jax.cost import training_flops_per_token
 from elastic_jax.hlo import matmul_flops
 from elastic_jax.model.context import context_for
 from elastic_jax.model.decoder import hidden_states, unembedding
-from elastic_jax.model.losses import kl_losses
+from elastic_jax.model.losses import Students, kl_losses
 from elastic_jax.model.params import init_params
 from elastic_jax.nest.masks import hard_masks, mask_params, softs
 from elastic_jax.nest.slice import slice_params
@@ -82,8 +82,8 @@ def independent_step(arch: Arch) -> Any:
         def loss_fn(params: Any) -> jax.Array:
             target, _ = hidden_states(teacher, batch['tokens'], PARENT, context)
             own, _ = hidden_states(params, batch['tokens'], arch, context)
-            heads = [(own, unembedding(params))]
-            return kl_losses(heads, (target, unembedding(teacher)), batch['loss_mask'], batch['loss_mask'].sum())[0]
+            students, teacher_head = [Students((own,), unembedding(params))], (target, unembedding(teacher))
+            return kl_losses(students, [1.0], teacher_head, batch['loss_mask'], batch['loss_mask'].sum())[0]
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         return guarded_update(state, (grads, {}), loss, OPTIMIZER)
@@ -99,13 +99,13 @@ def masked_step() -> Any:
 
         def loss_fn(params: Any) -> jax.Array:
             target, _ = hidden_states(teacher, batch['tokens'], PARENT, context)
-            heads = []
+            students = []
             for own in masks:
                 masked = mask_params(params, PARENT, own)
                 hidden, _ = hidden_states(masked, batch['tokens'], PARENT, context, softs(PARENT, own))
-                heads.append((hidden, unembedding(masked)))
-            teacher_head = (target, unembedding(teacher))
-            return kl_losses(heads, teacher_head, batch['loss_mask'], batch['loss_mask'].sum()).mean()
+                students.append(Students((hidden,), unembedding(masked)))
+            weights, teacher_head = [1 / len(students)] * len(students), (target, unembedding(teacher))
+            return kl_losses(students, weights, teacher_head, batch['loss_mask'], batch['loss_mask'].sum())[0]
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         return guarded_update(state, (grads, {}), loss, OPTIMIZER)

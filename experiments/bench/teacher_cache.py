@@ -46,10 +46,10 @@ def main() -> None:
     @jax.jit
     def losses(batch, ids, log_p):
         context = step_context(batch, parent, config)
-        heads, _ = lockstep(params, batch['tokens'], parent, [arch for _, arch in budgets], context, config.stack(parent))
-        count = batch['loss_mask'].sum()
-        full = kl_losses(heads, teacher_head(params, batch, parent, context, config), batch['loss_mask'], count)
-        return full, top_k_kl_losses(heads, ids, log_p, batch['loss_mask'], count)
+        students, _ = lockstep(params, batch['tokens'], parent, [arch for _, arch in budgets], context, config.stack(parent))
+        args, scored = ([students], [1.0] * len(budgets)), (batch['loss_mask'], batch['loss_mask'].sum())
+        _, full = kl_losses(*args, teacher_head(params, batch, parent, context, config), *scored)
+        return full, top_k_kl_losses(*args, ids, log_p, *scored)[1]
 
     print(f'teacher {parent.pattern}, vocabulary {parent.vocab}; tokens scored {sum(int(b["loss_mask"].sum()) for b in batches)}')
     print('| k | tail mass | KL / full KL: mid | small | bytes per token |')

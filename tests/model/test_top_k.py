@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from elastic_jax.model.losses import kl_losses, top_k_kl_losses, top_k_log_probs
-from tests.model.test_losses import T, V, draw_inputs
+from elastic_jax.model.losses import Students, kl_losses, top_k_kl_losses, top_k_log_probs
+from tests.model.test_losses import SHARE, T, V, draw_inputs, each
 
 EVERYTHING = PartitionSpec()
 
@@ -36,8 +36,8 @@ def brute_force(student, teacher, mask, count, k):
 def test_the_loss_is_that_of_the_coarser_outcomes_and_never_above_the_full_kl(k):
     students, teacher, _, mask = draw_inputs()
     ids, log_p = top_k_log_probs(*teacher, k, chunk=4)
-    found = top_k_kl_losses(students, ids, log_p, mask, 5.0, chunk=4)
-    for student, loss in zip(students, found, strict=True):
+    _, found = top_k_kl_losses(students, SHARE, ids, log_p, mask, 5.0, chunk=4)
+    for student, loss in zip(each(students), found, strict=True):
         coarse, full = brute_force(student, teacher, mask, 5.0, k)
         assert loss == pytest.approx(coarse, rel=2e-5) and coarse <= full + 1e-12
         assert (coarse == pytest.approx(full, rel=1e-9)) == (k >= V - 1)
@@ -52,20 +52,20 @@ def test_its_gradient_is_that_of_the_coarse_loss_and_with_all_tokens_that_of_ful
         p = jax.nn.softmax(teacher[0] @ teacher[1])
         top = jax.nn.one_hot(ids, V).sum(-2)
         losses = []
-        for hidden, kernel in students:
+        for hidden, kernel in each(students):
             q = jax.nn.softmax(hidden @ kernel)
             known = (top * p * jnp.log(p / q)).sum(-1)
             rest_p, rest_q = ((1 - top) * p).sum(-1), ((1 - top) * q).sum(-1)
             rest = rest_p * jnp.log(rest_p / rest_q) if k < V else 0.0
             losses.append(((known + rest) * mask).sum() / 5.0)
-        return jnp.stack(losses) @ jnp.asarray([0.3, 1.7])
+        return jnp.stack(losses) @ jnp.asarray(SHARE)
 
-    fused = lambda students: top_k_kl_losses(students, ids, log_p, mask, 5.0, 4) @ jnp.asarray([0.3, 1.7])
+    fused = lambda students: top_k_kl_losses(students, SHARE, ids, log_p, mask, 5.0, 4)[0]
     check = lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6)
     own = jax.grad(fused)(students)
     jax.tree.map(check, own, jax.grad(written_out)(students))
     if k == V:
-        whole = jax.grad(lambda students: kl_losses(students, teacher, mask, 5.0, 4) @ jnp.asarray([0.3, 1.7]))(students)
+        whole = jax.grad(lambda students: kl_losses(students, SHARE, teacher, mask, 5.0, 4)[0])(students)
         jax.tree.map(check, own, whole)
 
 
@@ -75,12 +75,13 @@ def test_a_vocabulary_that_devices_share_gives_the_same():
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     hidden, kernel, teacher_kernel, mask = draw(2, T, 6), draw(6, vocab), draw(6, vocab), np.ones((2, T), np.float32)
     whole_ids, whole_log_p = top_k_log_probs(hidden, teacher_kernel, k, 4)
-    loss = lambda kernel: top_k_kl_losses([(hidden, kernel)], whole_ids, whole_log_p, mask, 5.0, 4)[0]
+    students = lambda kernel: [Students((hidden,), kernel)]
+    loss = lambda kernel: top_k_kl_losses(students(kernel), [1.0], whole_ids, whole_log_p, mask, 5.0, 4)[0]
     mesh = Mesh(np.asarray(jax.devices()[:2]), ('tensor',))
 
     def parts(kernel, teacher_kernel):
         ids, log_p = top_k_log_probs(hidden, teacher_kernel, k, 4, ('tensor',))
-        own = lambda kernel: top_k_kl_losses([(hidden, kernel)], ids, log_p, mask, 5.0, 4, ('tensor',))[0]
+        own = lambda kernel: top_k_kl_losses(students(kernel), [1.0], ids, log_p, mask, 5.0, 4, ('tensor',))[0]
         return ids, log_p, *jax.value_and_grad(own)(kernel)
 
     split = PartitionSpec(None, 'tensor')
