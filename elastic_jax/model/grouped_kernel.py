@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import LANES, MEMORY, dot
+from elastic_jax.model.grouped_gradient import TILE, weight_gradient
+from elastic_jax.model.tiles import LANES, MEMORY, dot, even_tile, whole
 
-ROW_TILE = 16  # rows of a tile of bfloat16
 ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
 WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
 
@@ -44,7 +44,7 @@ class Corner:
 class Visits(NamedTuple):
     """Block `block_V[v]` of rows meets expert `expert_V[v]`, whose rows are `start_E` up to `end_E`.
 
-    Blocks and experts never go back. An expert without rows has one visit, in which its gradient becomes zero.
+    Blocks and experts never go back. An expert without rows has one visit, which changes nothing.
     """
 
     expert_V: jax.Array
@@ -113,8 +113,8 @@ def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: ja
     rows, depth = rows_RxC.shape
     stored_width, stored_embed = w_GxExFxD.shape[2:]
     columns = corner.width if into else corner.embed
-    other = _whole(depth, stored_embed, LANES) if into else _whole(depth, stored_width, ROW_TILE)
-    tile = _tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize)
+    other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, TILE)
+    tile = even_tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize, WEIGHTS)
     if into:
         shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)
     else:
@@ -149,49 +149,9 @@ def _weight_gradient(
     corner: Corner, interpret: bool, rows_RxF: jax.Array, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid
 ) -> jax.Array:
     """Of every expert the sum over its rows, [G, E, F, D]: zero but in the corner."""
-    groups, width, embed = w_GxExFxD.shape[0], corner.width, corner.embed
-    tile = _tile(embed, embed, 2 * width * 4)
-    expert = lambda n, v, visits: (*corner.place(visits.expert_V[v]), 0, n)
-    call = pl.pallas_call(
-        _weight_gradient_kernel,
-        out_shape=jax.ShapeDtypeStruct((groups, corner.experts, width, embed), w_GxExFxD.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(-(-embed // tile), grid.count),
-            in_specs=[
-                pl.BlockSpec((ROWS, width), lambda n, v, visits: (visits.block_V[v], 0)),
-                pl.BlockSpec((ROWS, tile), lambda n, v, visits: (visits.block_V[v], n)),
-            ],
-            out_specs=pl.BlockSpec((None, None, width, tile), expert),
-            scratch_shapes=[pltpu.VMEM((width, tile), jnp.float32)],
-        ),
-        compiler_params=_ORDER,
-        interpret=interpret,
-        name='experts_gradient',
-    )
-    corner_gradient = call(grid.visits, rows_RxF, rows_RxD)
-    return jnp.pad(corner_gradient, [(0, more - own) for more, own in zip(w_GxExFxD.shape, corner_gradient.shape, strict=True)])
-
-
-def _weight_gradient_kernel(visits: Visits, rows_f, rows_d, out, total) -> None:
-    v, last = pl.program_id(1), pl.num_programs(1) - 1
-    expert = visits.expert_V[v]
-    # Both sides: what belongs to nobody may be no number.
-    mine = lambda rows: jnp.where(_own(visits, rows.shape), rows[...], jnp.zeros(rows.shape, rows.dtype))
-    product = dot(mine(rows_f), mine(rows_d), (0, 0))
-    first = (v == 0) | (visits.expert_V[jnp.maximum(v - 1, 0)] != expert)
-
-    @pl.when(first)
-    def _() -> None:
-        total[...] = product
-
-    @pl.when(~first)
-    def _() -> None:
-        total[...] += product
-
-    @pl.when((v == last) | (visits.expert_V[jnp.minimum(v + 1, last)] != expert))
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+    blocks, ends = (w_GxExFxD.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
+    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, interpret)
+    return jnp.pad(of_corner, [(0, more - own) for more, own in zip(w_GxExFxD.shape, of_corner.shape, strict=True)])
 
 
 # Columns may be shared between a chip's cores; visits follow each other.
@@ -204,18 +164,3 @@ def _own(visits: Visits, shape: tuple[int, ...]) -> jax.Array:
     expert = visits.expert_V[v]
     row = visits.block_V[v] * ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= visits.start_E[expert]) & (row < visits.end_E[expert])
-
-
-def _whole(size: int, stored: int, tile: int) -> int:
-    """`size` in whole tiles, or all that is stored."""
-    return min(stored, -(-size // tile) * tile)
-
-
-def _tile(size: int, stored: int, bytes_of_one: int) -> int:
-    """Columns at a time: of `size`, in whole lanes, an even number of times, that two cores have as much to do."""
-    if size <= LANES:
-        return _whole(size, stored, LANES)
-    parts = 2
-    while (tile := -(-size // (parts * LANES)) * LANES) * bytes_of_one > WEIGHTS and tile > LANES:
-        parts += 2
-    return tile

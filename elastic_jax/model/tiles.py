@@ -18,3 +18,18 @@ def dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
 def sigmoid(z: jax.Array) -> jax.Array:
     """By tanh, one operation of the chip where 1 / (1 + exp(-z)) is a dozen."""
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
+
+
+def whole(size: int, stored: int, tile: int) -> int:
+    """`size` in whole tiles, or all that is stored."""
+    return min(stored, -(-size // tile) * tile)
+
+
+def even_tile(size: int, stored: int, bytes_of_one: int, most: int) -> int:
+    """Columns at a time: of `size`, in whole lanes, an even number of times, that two cores have as much to do."""
+    if size <= LANES:
+        return whole(size, stored, LANES)
+    parts = 2
+    while (tile := -(-size // (parts * LANES)) * LANES) * bytes_of_one > most and tile > LANES:
+        parts += 2
+    return tile

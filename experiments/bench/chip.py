@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import SingleDeviceSharding
 
@@ -41,6 +42,7 @@ from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
+from elastic_jax.model.grouped_gradient import gradient_of, product, visits_of
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
@@ -201,13 +203,21 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
 
     def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
         grid = grid_of(sizes, rows)._replace(count=rows // ROWS + count - 1)
+        _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
         into = grouped_kernel._product(CORNER, False, rows_d, w, grid, into=True)
         out = grouped_kernel._product(CORNER, False, rows_f, w, grid, into=False)
-        return into, out, grouped_kernel._weight_gradient(CORNER, False, rows_f, rows_d, w, grid)
+        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, w.dtype, False, add_the_most)
+        return into, out, gradient
 
     weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
     shapes = [(rows, EMBED), (rows, WIDTH), weights]
     return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
+
+
+def add_the_most(visits: Any, rows_f: Any, rows_d: Any, out: Any, total: Any, *, most: int) -> None:
+    """A visit of the experts' gradients with nothing on a condition, which profiles leave out: as many rows as there can be."""
+    total[...] += product(visits, pl.program_id(1), rows_f, rows_d, most)
+    out[...] = total[...].astype(out.dtype)
 
 
 def one_chunk() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:

@@ -14,6 +14,7 @@ from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.context import Context
+from elastic_jax.model.grouped_gradient import weight_gradient
 from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.moe import moe, route
@@ -163,6 +164,29 @@ def test_kernels_of_several_tiles_read_the_corner_alone(width, embed):
     np.testing.assert_allclose(run(rows_d, w, into_experts)[: len(expert)], into, atol=1e-4)
     out = np.einsum('rf,rfd->rd', rows_f[: len(expert)], own)
     np.testing.assert_allclose(run(rows_f, w, out_of_experts)[: len(expert)], out, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'rows'),
+    [([700, 0, 1100, 3, 16], 2048), ([0, 0, 512, 513, 0], 1152), ([5, 250, 128, 0, 1], 384), ([0, 0, 0, 0, 0], 128)],
+)
+def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows):
+    """Of many visits, one, or none; beginning inside a tile; by numpy in float64. What belongs to nobody is no number."""
+    rng = np.random.default_rng(5)
+    rows_f, rows_d = (rng.normal(size=(rows, width)).astype(np.float32) for width in (24, 200))
+    ends = np.cumsum(sizes)
+    for own in (rows_f, rows_d):
+        own[ends[-1] :] = np.nan
+    found = gradient_jit(rows_f, rows_d, jnp.asarray(ends - sizes), jnp.asarray(ends))
+    for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = slice(end - size, end)
+        expected = rows_f[own].astype(np.float64).T @ rows_d[own]
+        np.testing.assert_allclose(found[expert, 0], expected, atol=2e-4, err_msg=str(expert))
+
+
+gradient_jit = jax.jit(
+    functools.partial(weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, interpret=True)
+)
 
 
 in_turn_jit = jax.jit(grouped._run_in_turn, static_argnames=('experts', 'corner', 'network'))
