@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
-from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import ROWS, Chip, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
 from elastic_jax.model.triton import plgpu
 
@@ -91,18 +91,25 @@ def apply_experts(
     plain = lambda x, ids: by_platform(target, x, ids, default=by_ragged, cpu=on_cpu, cuda=on_cuda)
     given = {'experts': experts, 'corner': corner, 'network': network}
     # The kernel for TPU leaves rows that are nobody's out itself.
-    kernel = partial(_run_by_kernel, **given, fill=fill._replace(rows=False))
+    kernel = partial(_run_by_kernel, **given, fill=fill._replace(rows=False), memory=target.memory)
     cuda = None if plgpu is None else partial(_run_by_triton, **given, fill=fill)
     return by_kernel(target, kernel, plain, x_NxD, ids_KxN, cuda=cuda)
 
 
 def _run_by_kernel(
-    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, fill: Fill, interpret: bool
+    x_NxD: jax.Array,
+    ids_KxN: jax.Array,
+    experts: int,
+    corner: Corner,
+    network: ExpertNetwork,
+    fill: Fill,
+    memory: int,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    plan = sorted_plan(ids_KxN, experts, ROWS)
+    plan, chip = sorted_plan(ids_KxN, experts, ROWS), Chip(memory, interpret)
     grid = grid_of(plan.groups, plan.pair_of_row.shape[0])
-    into = lambda rows, w: into_experts(corner, interpret, rows, w, grid)
-    out_of = lambda rows, w: out_of_experts(corner, interpret, rows, w, grid)
+    into = lambda rows, w: into_experts(corner, chip, rows, w, grid)
+    out_of = lambda rows, w: out_of_experts(corner, chip, rows, w, grid)
     return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(into, out_of)), plan, ids_KxN, fill)
 
 

@@ -20,7 +20,6 @@ from elastic_jax.model.tiles import MEMORY, dot, even_tile
 TILE = 16  # rows of a tile of bfloat16, in which a visit may begin
 MOST = 512  # rows of a visit
 DEPTHS = (256, 384, MOST)  # rows that are multiplied: the fewest that hold a visit's
-SUMS = 12 * 2**20  # bytes of sums on the chip
 
 # expert -> (block, place in it) of the parent's experts.
 Place = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -61,11 +60,15 @@ def weight_gradient(
     blocks: tuple[int, int],
     place: Place,
     dtype: jnp.dtype,
-    interpret: bool = False,
+    memory: int,
+    interpret: bool,
 ) -> jax.Array:
-    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D]. Rows of nobody may hold anything."""
+    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D]. Rows of nobody may hold anything.
+
+    `memory` is in bytes, of a core's vector memory.
+    """
     count, visits = visits_of(start_E, end_E, rows_RxF.shape[0])
-    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, dtype, interpret, add_visit)
+    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, dtype, memory, interpret, add_visit)
 
 
 def gradient_of(
@@ -76,12 +79,16 @@ def gradient_of(
     blocks: tuple[int, int],
     place: Place,
     dtype: jnp.dtype,
+    memory: int,
     interpret: bool,
     kernel: Callable[..., None],
 ) -> jax.Array:
     """`weight_gradient` by a kernel of one visit."""
     (rows, width), embed = rows_RxF.shape, rows_RxD.shape[1]
-    most, tile = min(MOST, rows), even_tile(embed, embed, 4 * width, SUMS)
+    most, of_row = min(MOST, rows), 2 * rows_RxF.dtype.itemsize
+    # Sums; results and rows twice, as copies of the next ones overlap.
+    of_column = (4 + 2 * jnp.dtype(dtype).itemsize) * width + of_row * most
+    tile = even_tile(embed, embed, of_column, memory - of_row * most * width)
     read = lambda visits, v: visits.tile_V[v] * TILE
     padding = (0, -embed % tile)
     call = pl.pallas_call(

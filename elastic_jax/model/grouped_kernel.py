@@ -41,6 +41,18 @@ class Corner:
         return jax.lax.div(expert, self.experts), jax.lax.rem(expert, self.experts)
 
 
+class Chip(NamedTuple):
+    """What runs the kernels.
+
+    Attributes:
+      memory: bytes that one may take of a core's vector memory.
+      interpret: whether it is JAX's interpreter.
+    """
+
+    memory: int = MEMORY
+    interpret: bool = False
+
+
 class Visits(NamedTuple):
     """Block `block_V[v]` of rows meets expert `expert_V[v]`, whose rows are `start_E` up to `end_E`.
 
@@ -74,42 +86,42 @@ def grid_of(sizes_E: jax.Array, rows: int) -> Grid:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def into_experts(corner: Corner, interpret: bool, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
+def into_experts(corner: Corner, chip: Chip, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
     """rows [R, d] by their experts' transposed weights: [R, f]. Rows that belong to nobody are undefined, in gradients too."""
-    return _product(corner, interpret, rows_RxD, w_GxExFxD, grid, into=True)
+    return _product(corner, chip, rows_RxD, w_GxExFxD, grid, into=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def out_of_experts(corner: Corner, interpret: bool, rows_RxF: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
+def out_of_experts(corner: Corner, chip: Chip, rows_RxF: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
     """rows [R, f] by their experts' weights: [R, d]; as `into_experts` otherwise."""
-    return _product(corner, interpret, rows_RxF, w_GxExFxD, grid, into=False)
+    return _product(corner, chip, rows_RxF, w_GxExFxD, grid, into=False)
 
 
-def _into_forward(corner, interpret, rows, w, grid):
-    return into_experts(corner, interpret, rows, w, grid), (rows, w, grid)
+def _into_forward(corner, chip, rows, w, grid):
+    return into_experts(corner, chip, rows, w, grid), (rows, w, grid)
 
 
-def _into_backward(corner, interpret, saved, grad_RxF):
+def _into_backward(corner, chip, saved, grad_RxF):
     rows_RxD, w, grid = saved
-    d_rows = _product(corner, interpret, grad_RxF, w, grid, into=False)
-    return d_rows, _weight_gradient(corner, interpret, grad_RxF, rows_RxD, w, grid), None
+    d_rows = _product(corner, chip, grad_RxF, w, grid, into=False)
+    return d_rows, _weight_gradient(corner, chip, grad_RxF, rows_RxD, w, grid), None
 
 
-def _out_forward(corner, interpret, rows, w, grid):
-    return out_of_experts(corner, interpret, rows, w, grid), (rows, w, grid)
+def _out_forward(corner, chip, rows, w, grid):
+    return out_of_experts(corner, chip, rows, w, grid), (rows, w, grid)
 
 
-def _out_backward(corner, interpret, saved, grad_RxD):
+def _out_backward(corner, chip, saved, grad_RxD):
     rows_RxF, w, grid = saved
-    d_rows = _product(corner, interpret, grad_RxD, w, grid, into=True)
-    return d_rows, _weight_gradient(corner, interpret, rows_RxF, grad_RxD, w, grid), None
+    d_rows = _product(corner, chip, grad_RxD, w, grid, into=True)
+    return d_rows, _weight_gradient(corner, chip, rows_RxF, grad_RxD, w, grid), None
 
 
 into_experts.defvjp(_into_forward, _into_backward)
 out_of_experts.defvjp(_out_forward, _out_backward)
 
 
-def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: jax.Array, grid: Grid, into: bool) -> jax.Array:
+def _product(corner: Corner, chip: Chip, rows_RxC: jax.Array, w_GxExFxD: jax.Array, grid: Grid, into: bool) -> jax.Array:
     rows, depth = rows_RxC.shape
     stored_width, stored_embed = w_GxExFxD.shape[2:]
     columns = corner.width if into else corner.embed
@@ -133,7 +145,7 @@ def _product(corner: Corner, interpret: bool, rows_RxC: jax.Array, w_GxExFxD: ja
             out_specs=pl.BlockSpec((ROWS, min(tile, columns)), lambda n, v, visits: (visits.block_V[v], n)),
         ),
         compiler_params=_ORDER,
-        interpret=interpret,
+        interpret=chip.interpret,
         name='experts_into' if into else 'experts_out',
     )
     return call(grid.visits, rows_RxC, w_GxExFxD)
@@ -146,11 +158,11 @@ def _product_kernel(visits: Visits, rows, w, out, *, depth: int, over: tuple[int
 
 
 def _weight_gradient(
-    corner: Corner, interpret: bool, rows_RxF: jax.Array, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid
+    corner: Corner, chip: Chip, rows_RxF: jax.Array, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid
 ) -> jax.Array:
     """Of every expert the sum over its rows, [G, E, F, D]: zero but in the corner."""
     blocks, ends = (w_GxExFxD.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
-    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, interpret)
+    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, *chip)
     return jnp.pad(of_corner, [(0, more - own) for more, own in zip(w_GxExFxD.shape, of_corner.shape, strict=True)])
 
 

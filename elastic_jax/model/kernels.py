@@ -10,9 +10,12 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from elastic_jax.model.tiles import MEMORY
+
 # config.kernels. auto: kernels on TPU, plain elsewhere, as those for NVIDIA GPUs were compiled for one and never timed on one;
 # xla: plain everywhere; pallas: kernels on TPU and NVIDIA GPUs, and TPU's interpreted on CPU.
 KERNELS = ('auto', 'xla', 'pallas')
+OLD_TPUS, SMALL_MEMORY = ('TPU v2', 'TPU v3', 'TPU v4'), 12 * 2**20  # whose cores have 16 MiB of vector memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Target:
       platform: 'cpu', 'tpu', 'cuda', 'rocm'; '' where it is not known yet: every form is traced then, and lowering takes one.
       kernels: whether Pallas kernels take the place of XLA's forms. A kernel computes one device's own part: where several
         devices share an array, it is for use inside a fully manual `shard_map`.
+      memory: bytes that a kernel may take of a TPU core's vector memory.
     """
 
     platform: str = ''
     kernels: bool = False
+    memory: int = MEMORY
 
 
 ANYWHERE = Target()
@@ -40,7 +45,8 @@ def target_of(kernels: str, device: jax.Device | None = None) -> Target:
     platform = device.platform
     if platform == 'gpu':
         platform = 'rocm' if 'rocm' in device.client.platform_version else 'cuda'
-    return Target(platform, kernels == 'pallas' or (kernels == 'auto' and platform == 'tpu'))
+    memory = SMALL_MEMORY if device.device_kind.startswith(OLD_TPUS) else MEMORY
+    return Target(platform, kernels == 'pallas' or (kernels == 'auto' and platform == 'tpu'), memory)
 
 
 def by_platform(target: Target, *args: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:

@@ -15,7 +15,7 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.context import Context
 from elastic_jax.model.grouped_gradient import weight_gradient
-from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import Chip, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.moe import moe, route
 from tests.model import oracle
@@ -157,7 +157,7 @@ def test_kernels_of_several_tiles_read_the_corner_alone(width, embed):
     w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
     rows_d, rows_f = rng.normal(size=(256, embed)).astype(np.float32), rng.normal(size=(256, width)).astype(np.float32)
     grid = grid_of(sizes, 256)
-    run = jax.jit(lambda rows, w, form: form(corner, True, rows, w, grid), static_argnames='form')
+    run = jax.jit(lambda rows, w, form: form(corner, Chip(interpret=True), rows, w, grid), static_argnames='form')
     expert = np.repeat(np.arange(4), sizes)
     own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
     into = np.einsum('rd,rfd->rf', rows_d[: len(expert)], own)
@@ -185,7 +185,9 @@ def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows)
 
 
 gradient_jit = jax.jit(
-    functools.partial(weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, interpret=True)
+    functools.partial(
+        weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, memory=0, interpret=True
+    )
 )
 
 
