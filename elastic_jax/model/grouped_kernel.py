@@ -20,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from elastic_jax.model.grouped_gradient import TILE, weight_gradient
 from elastic_jax.model.tiles import LANES, MEMORY, dot, even_tile, whole
 
-ROWS = 128  # of a block: with more, experts of a few hundred rows would share more blocks
+ROWS = 128  # of a block, half as many where experts have few: a block that several share is computed for each of them
+FEW = 1024
 WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
 
 
@@ -72,14 +73,20 @@ class Grid(NamedTuple):
     visits: Visits
 
 
+def block_of(rows: int, experts: int) -> int:
+    """Rows of a block."""
+    return ROWS // 2 if rows < FEW * experts else ROWS
+
+
 def grid_of(sizes_E: jax.Array, rows: int) -> Grid:
-    """Of `rows` rows sorted by expert, of which each has `sizes_E`; any that are left over belong to nobody."""
+    """Of `rows` rows, a multiple of ROWS, sorted by expert, of which each has `sizes_E`; any left over belong to nobody."""
+    block = block_of(rows, len(sizes_E))
     end_E = jnp.cumsum(sizes_E)
     start_E = end_E - sizes_E
-    first_E = jnp.minimum(start_E // ROWS, rows // ROWS - 1)
-    steps_E = jnp.where(sizes_E > 0, (end_E - 1) // ROWS - first_E + 1, 1)
+    first_E = jnp.minimum(start_E // block, rows // block - 1)
+    steps_E = jnp.where(sizes_E > 0, (end_E - 1) // block - first_E + 1, 1)
     last_E = jnp.cumsum(steps_E)
-    step_V = jnp.arange(rows // ROWS + sizes_E.shape[0])
+    step_V = jnp.arange(rows // block + sizes_E.shape[0])
     expert_V = jnp.minimum(jnp.searchsorted(last_E, step_V, side='right', method='compare_all'), sizes_E.shape[0] - 1)
     block_V = first_E[expert_V] + step_V - (last_E - steps_E)[expert_V]
     return Grid(last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, block_V, start_E, end_E))))
@@ -124,6 +131,7 @@ out_of_experts.defvjp(_out_forward, _out_backward)
 def _product(corner: Corner, chip: Chip, rows_RxC: jax.Array, w_GxExFxD: jax.Array, grid: Grid, into: bool) -> jax.Array:
     rows, depth = rows_RxC.shape
     stored_width, stored_embed = w_GxExFxD.shape[2:]
+    block = block_of(rows, w_GxExFxD.shape[0] * corner.experts)
     columns = corner.width if into else corner.embed
     other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, TILE)
     tile = even_tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize, WEIGHTS)
@@ -139,10 +147,10 @@ def _product(corner: Corner, chip: Chip, rows_RxC: jax.Array, w_GxExFxD: jax.Arr
             num_scalar_prefetch=1,
             grid=(-(-columns // tile), grid.count),
             in_specs=[
-                pl.BlockSpec((ROWS, depth), lambda n, v, visits: (visits.block_V[v], 0)),
+                pl.BlockSpec((block, depth), lambda n, v, visits: (visits.block_V[v], 0)),
                 pl.BlockSpec((None, None, *shape), expert),
             ],
-            out_specs=pl.BlockSpec((ROWS, min(tile, columns)), lambda n, v, visits: (visits.block_V[v], n)),
+            out_specs=pl.BlockSpec((block, min(tile, columns)), lambda n, v, visits: (visits.block_V[v], n)),
         ),
         compiler_params=_ORDER,
         interpret=chip.interpret,
@@ -174,5 +182,5 @@ def _own(visits: Visits, shape: tuple[int, ...]) -> jax.Array:
     """Which rows of this step's block are its expert's."""
     v = pl.program_id(1)
     expert = visits.expert_V[v]
-    row = visits.block_V[v] * ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    row = visits.block_V[v] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= visits.start_E[expert]) & (row < visits.end_E[expert])

@@ -43,7 +43,7 @@ from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_gradient import gradient_of, product, visits_of
-from elastic_jax.model.grouped_kernel import ROWS, Chip, Corner, grid_of
+from elastic_jax.model.grouped_kernel import Chip, Corner, block_of, grid_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
 from elastic_jax.model.losses import Students, kl_losses
@@ -202,7 +202,7 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
     count, rows = EXPERTS // PARTS, 8192 * TOP_K // PARTS
 
     def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
-        grid = grid_of(sizes, rows)._replace(count=rows // ROWS + count - 1)
+        grid = grid_of(sizes, rows)._replace(count=rows // block_of(rows, count) + count - 1)
         _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
         into = grouped_kernel._product(CORNER, Chip(), rows_d, w, grid, into=True)
         out = grouped_kernel._product(CORNER, Chip(), rows_f, w, grid, into=False)

@@ -148,15 +148,26 @@ def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), found, expected)
 
 
-@pytest.mark.parametrize(('width', 'embed'), [(200, 300), (264, 128), (256, 320)])
-def test_kernels_of_several_tiles_read_the_corner_alone(width, embed):
-    """Widths that no tile divides, of stored ones that none divides, by numpy in float64; what is not used is no number."""
+@pytest.mark.parametrize(
+    ('width', 'embed', 'sizes', 'rows'),
+    [
+        (200, 300, [70, 0, 130, 7], 256),
+        (264, 128, [0, 64, 63, 0], 128),
+        (256, 320, [70, 0, 130, 7], 256),
+        (24, 40, [1500, 0, 2501, 90], 4096),
+    ],
+)
+def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, rows):
+    """Blocks of few and of many rows; widths that no tile divides, of stored ones that none divides, by numpy in float64.
+
+    What is not used is no number.
+    """
     rng = np.random.default_rng(4)
-    sizes, corner = np.asarray([70, 0, 130, 7], np.int32), Corner(2, width, embed)
+    corner = Corner(2, width, embed)
     w = np.full((2, 3, 264, 320), np.nan, np.float32)
     w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
-    rows_d, rows_f = rng.normal(size=(256, embed)).astype(np.float32), rng.normal(size=(256, width)).astype(np.float32)
-    grid = grid_of(sizes, 256)
+    rows_d, rows_f = (rng.normal(size=(rows, own)).astype(np.float32) for own in (embed, width))
+    grid = grid_of(np.asarray(sizes, np.int32), rows)
     run = jax.jit(lambda rows, w, form: form(corner, Chip(interpret=True), rows, w, grid), static_argnames='form')
     expert = np.repeat(np.arange(4), sizes)
     own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
