@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
-from elastic_jax.model.grouped_kernel import ROWS, Chip, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
+from elastic_jax.model.tiles import Chip
 from elastic_jax.model.triton import plgpu
 
 BLOCK = 64  # rows that every expert's are padded to

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import MEMORY, dot, even_tile
+from elastic_jax.model.tiles import MEMORY, ROW_TILE, Chip, dot, even_tile
 
-TILE = 16  # rows of a tile of bfloat16, in which a visit may begin
 MOST = 512  # rows of a visit
 DEPTHS = (256, 384, MOST)  # rows that are multiplied: the fewest that hold a visit's
 
@@ -26,7 +25,7 @@ Place = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Visits(NamedTuple):
-    """Visit v adds rows `first_V[v]` up to `end_V[v]` to expert `expert_V[v]`, and reads from row TILE · `tile_V[v]` on.
+    """Visit v adds rows `first_V[v]` up to `end_V[v]` to expert `expert_V[v]`, and reads from row ROW_TILE · `tile_V[v]` on.
 
     Experts never go back. One without rows has one visit, in which its gradient becomes zero.
     """
@@ -40,16 +39,16 @@ class Visits(NamedTuple):
 def visits_of(start_E: jax.Array, end_E: jax.Array, rows: int) -> tuple[jax.Array, Visits]:
     """(how many of the visits are made, the visits) to experts that have rows `start_E` up to `end_E` of `rows`."""
     most, experts = min(MOST, rows), start_E.shape[0]
-    begin_E = start_E // TILE * TILE
+    begin_E = start_E // ROW_TILE * ROW_TILE
     count_E = jnp.maximum(-(-(end_E - begin_E) // most), 1)
     last_E = jnp.cumsum(count_E)
     # Each is at most one more than the whole blocks in its rows and in those of its first tile that are not its.
-    step_V = jnp.arange(experts + (rows + (TILE - 1) * experts) // most)
+    step_V = jnp.arange(experts + (rows + (ROW_TILE - 1) * experts) // most)
     expert_V = jnp.minimum(jnp.searchsorted(last_E, step_V, side='right', method='compare_all'), experts - 1)
     from_V = begin_E[expert_V] + (step_V - (last_E - count_E)[expert_V]) * most
     first_V, end_V = jnp.maximum(start_E[expert_V], from_V), jnp.minimum(end_E[expert_V], from_V + most)
     read_V = jnp.clip(from_V, 0, rows - most)
-    return last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, read_V // TILE, first_V, end_V)))
+    return last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, read_V // ROW_TILE, first_V, end_V)))
 
 
 def weight_gradient(
@@ -60,15 +59,11 @@ def weight_gradient(
     blocks: tuple[int, int],
     place: Place,
     dtype: jnp.dtype,
-    memory: int,
-    interpret: bool,
+    chip: Chip,
 ) -> jax.Array:
-    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D]. Rows of nobody may hold anything.
-
-    `memory` is in bytes, of a core's vector memory.
-    """
+    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D]. Rows of nobody may hold anything."""
     count, visits = visits_of(start_E, end_E, rows_RxF.shape[0])
-    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, dtype, memory, interpret, add_visit)
+    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, dtype, chip, add_visit)
 
 
 def gradient_of(
@@ -79,8 +74,7 @@ def gradient_of(
     blocks: tuple[int, int],
     place: Place,
     dtype: jnp.dtype,
-    memory: int,
-    interpret: bool,
+    chip: Chip,
     kernel: Callable[..., None],
 ) -> jax.Array:
     """`weight_gradient` by a kernel of one visit."""
@@ -88,8 +82,8 @@ def gradient_of(
     most, of_row = min(MOST, rows), 2 * rows_RxF.dtype.itemsize
     # Sums; results and rows twice, as copies of the next ones overlap.
     of_column = (4 + 2 * jnp.dtype(dtype).itemsize) * width + of_row * most
-    tile = even_tile(embed, embed, of_column, memory - of_row * most * width)
-    read = lambda visits, v: visits.tile_V[v] * TILE
+    tile = even_tile(embed, embed, of_column, chip.memory - of_row * most * width)
+    read = lambda visits, v: visits.tile_V[v] * ROW_TILE
     padding = (0, -embed % tile)
     call = pl.pallas_call(
         partial(kernel, most=most),
@@ -106,7 +100,7 @@ def gradient_of(
         ),
         # Columns may be shared between a chip's cores; visits follow each other.
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=MEMORY),
-        interpret=interpret,
+        interpret=chip.interpret,
         name='experts_gradient',
     )
     return call(visits, rows_RxF, rows_RxD)
@@ -117,7 +111,7 @@ def add_visit(visits: Visits, rows_f, rows_d, out, total, *, most: int) -> None:
     v, end = pl.program_id(1), pl.num_programs(1) - 1
     expert = visits.expert_V[v]
     begins = (v == 0) | (visits.expert_V[jnp.maximum(v - 1, 0)] != expert)
-    needed, fewer = visits.end_V[v] - visits.tile_V[v] * TILE, -1
+    needed, fewer = visits.end_V[v] - visits.tile_V[v] * ROW_TILE, -1
     for depth in sorted({min(depth, most) for depth in DEPTHS}):
 
         @pl.when(begins & (needed > fewer) & (needed <= depth))
@@ -139,7 +133,7 @@ def product(visits: Visits, v: jax.Array, rows_f, rows_d, depth: int) -> jax.Arr
     """Of the visit's own among the first `depth` rows that it read."""
 
     def mine(rows) -> jax.Array:
-        row = visits.tile_V[v] * TILE + jax.lax.broadcasted_iota(jnp.int32, (depth, rows.shape[1]), 0)
+        row = visits.tile_V[v] * ROW_TILE + jax.lax.broadcasted_iota(jnp.int32, (depth, rows.shape[1]), 0)
         own = (row >= visits.first_V[v]) & (row < visits.end_V[v])
         return jnp.where(own, rows[:depth], jnp.zeros((), rows.dtype))
 

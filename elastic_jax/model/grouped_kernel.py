@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.grouped_gradient import TILE, weight_gradient
-from elastic_jax.model.tiles import LANES, MEMORY, dot, even_tile, whole
+from elastic_jax.model.grouped_gradient import weight_gradient
+from elastic_jax.model.tiles import LANES, MEMORY, ROW_TILE, Chip, dot, even_tile, whole
 
 ROWS = 128  # of a block, half as many where experts have few: a block that several share is computed for each of them
-FEW = 1024
+FEW = 1024  # rows an expert
 WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
 
 
@@ -40,18 +40,6 @@ class Corner:
     def place(self, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(block, place in it) of one of the experts of the corner."""
         return jax.lax.div(expert, self.experts), jax.lax.rem(expert, self.experts)
-
-
-class Chip(NamedTuple):
-    """What runs the kernels.
-
-    Attributes:
-      memory: bytes that one may take of a core's vector memory.
-      interpret: whether it is JAX's interpreter.
-    """
-
-    memory: int = MEMORY
-    interpret: bool = False
 
 
 class Visits(NamedTuple):
@@ -133,7 +121,7 @@ def _product(corner: Corner, chip: Chip, rows_RxC: jax.Array, w_GxExFxD: jax.Arr
     stored_width, stored_embed = w_GxExFxD.shape[2:]
     block = block_of(rows, w_GxExFxD.shape[0] * corner.experts)
     columns = corner.width if into else corner.embed
-    other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, TILE)
+    other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, ROW_TILE)
     tile = even_tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize, WEIGHTS)
     if into:
         shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)
@@ -170,7 +158,7 @@ def _weight_gradient(
 ) -> jax.Array:
     """Of every expert the sum over its rows, [G, E, F, D]: zero but in the corner."""
     blocks, ends = (w_GxExFxD.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
-    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, *chip)
+    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, chip)
     return jnp.pad(of_corner, [(0, more - own) for more, own in zip(w_GxExFxD.shape, of_corner.shape, strict=True)])
 
 

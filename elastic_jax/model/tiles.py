@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 LANES, SUBLANES = 128, 8  # of a register of 32-bit numbers
+ROW_TILE = 16  # rows of a tile of bfloat16
 MEMORY = 48 * 2**20  # bytes on the chip that a large kernel may take
 BELOW = -1e30  # its exponential is 0
+
+
+class Chip(NamedTuple):
+    """What runs a kernel.
+
+    Attributes:
+      memory: bytes that it may take of a core's vector memory.
+      interpret: whether it is JAX's interpreter.
+    """
+
+    memory: int = MEMORY
+    interpret: bool = False
 
 
 def dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:

@@ -43,7 +43,7 @@ from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_gradient import gradient_of, product, visits_of
-from elastic_jax.model.grouped_kernel import Chip, Corner, block_of, grid_of
+from elastic_jax.model.grouped_kernel import Corner, block_of, grid_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
 from elastic_jax.model.losses import Students, kl_losses
@@ -51,6 +51,7 @@ from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
+from elastic_jax.model.tiles import Chip
 from elastic_jax.plan.chips import topology_devices
 from elastic_jax.plan.compiled import compile_with_text
 
@@ -206,7 +207,7 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
         _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
         into = grouped_kernel._product(CORNER, Chip(), rows_d, w, grid, into=True)
         out = grouped_kernel._product(CORNER, Chip(), rows_f, w, grid, into=False)
-        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, w.dtype, *Chip(), add_the_most)
+        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, w.dtype, Chip(), add_the_most)
         return into, out, gradient
 
     weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)

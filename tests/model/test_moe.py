@@ -15,9 +15,10 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.context import Context
 from elastic_jax.model.grouped_gradient import weight_gradient
-from elastic_jax.model.grouped_kernel import Chip, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.moe import moe, route
+from elastic_jax.model.tiles import Chip
 from tests.model import oracle
 from tests.tiny import numpy_params
 
@@ -197,7 +198,7 @@ def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows)
 
 gradient_jit = jax.jit(
     functools.partial(
-        weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, memory=0, interpret=True
+        weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, chip=Chip(memory=0, interpret=True)
     )
 )
 
