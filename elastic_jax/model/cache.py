@@ -79,7 +79,7 @@ def cached_hidden_states(
         if mixer is None:
             continue
         name = layer_name(i)
-        x_BxTxD, block_cache, _ = apply_block(params[name], x_BxTxD, mixer, context, cache.blocks.get(name))
+        x_BxTxD, block_cache, *_ = apply_block(params[name], x_BxTxD, mixer, context, cache.blocks.get(name))
         if block_cache is not None:
             blocks[name] = block_cache
     length_B = cache.length_B if trial else cache.length_B + valid_B

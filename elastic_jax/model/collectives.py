@@ -42,6 +42,23 @@ class Shards:
 WHOLE = Shards()
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=['w', 'total'], meta_fields=['last'])
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A parameter that several budgets use a part of, one after the other.
+
+    Attributes:
+      w: it, whole, in the dtype of the matmuls.
+      total: its gradient's place: float32 of w's shape, which nobody reads. A use may give its part of the gradient to that, on
+        top of what the uses after it gave, and returns it for the next one; all others give it to w.
+      last: whether no other use follows, which means in the backward pass that it is the first and there is nothing to add to.
+    """
+
+    w: jax.Array
+    total: jax.Array | None = None
+    last: bool = True
+
+
 def enter(x: Any, axes: Axes) -> Any:
     """x, on its way into what is split over `axes`."""
     return _enter(x, axes) if axes else x
@@ -86,6 +103,11 @@ def fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
     return _fetch(w, axes, dim, dtype) if axes else w
 
 
+def fetch_summed(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> Summed:
+    """`fetch`, also of what is whole here, with a place in float32 for the sum of its users' gradients."""
+    return Summed(*_fetch_summed(w, axes, dim, dtype))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
     with jax.named_scope(FETCH):
@@ -110,6 +132,26 @@ def _fetch_backward(axes: Axes, dim: int, dtype: Any, like: jax.Array, grad: jax
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _fetch_summed(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    whole = _fetch(w, axes, dim, dtype)
+    return whole, jnp.zeros(whole.shape, jnp.float32)
+
+
+def _fetch_summed_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    return _fetch_summed(w, axes, dim, dtype), jnp.zeros((0,), w.dtype)
+
+
+def _fetch_summed_backward(
+    axes: Axes, dim: int, dtype: Any, like: jax.Array, grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array]:
+    grad, total = grads
+    return _fetch_backward(axes, dim, dtype, like, total + grad.astype(jnp.float32))
+
+
+_fetch_summed.defvjp(_fetch_summed_forward, _fetch_summed_backward)
 
 
 def _in_lanes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:

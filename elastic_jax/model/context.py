@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elastic_jax.model.collectives import WHOLE, Shards
+from elastic_jax.model.collectives import WHOLE, Shards, Summed
 from elastic_jax.model.kernels import ANYWHERE, Target
 
 
@@ -62,11 +62,19 @@ HARD = Soft()
 
 
 class Mixed(NamedTuple):
-    """A mixer's result: the residual update, the new cache (if any), and its auxiliary outputs by name."""
+    """A mixer's result, or a block's.
+
+    Attributes:
+      y_BxTxD: the residual update; of a block the residual stream.
+      cache: the new one, if any.
+      aux: auxiliary outputs by name.
+      summed: those of the parameters that came as a `Summed`, for the next user.
+    """
 
     y_BxTxD: jax.Array
     cache: Any = None
     aux: dict[str, jax.Array] = {}  # noqa: RUF012 - never written to.
+    summed: dict[str, Summed] = {}  # noqa: RUF012 - never written to.
 
 
 def context_for(

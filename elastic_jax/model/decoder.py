@@ -12,7 +12,7 @@ from elastic_jax.arch import MLP, Arch, Attention, Mamba, Mixer, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model.attention import attention
 from elastic_jax.model.collectives import Axes, leave, part_index
-from elastic_jax.model.context import HARD, Context, Soft, context_for
+from elastic_jax.model.context import HARD, Context, Mixed, Soft, context_for
 from elastic_jax.model.kernels import row_major
 from elastic_jax.model.mamba import mamba
 from elastic_jax.model.mlp import mlp
@@ -40,13 +40,13 @@ def apply_block(
     context: Context,
     cache: Any = None,
     soft: Soft = HARD,
-) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """(x + keep · mixer(norm(x)), new cache, aux by name)."""
+) -> Mixed:
+    """x + keep · mixer(norm(x))."""
     normed_BxTxD = rms_norm(x_BxTxD, layer['norm'], context.norm_eps, soft.embed_ratio)
     mixed = APPLY[type(mixer)](layer, normed_BxTxD, mixer, context, cache, soft)
     aux = {**mixed.aux, 'normed': normed_BxTxD} if context.taps else mixed.aux
     y_BxTxD = x_BxTxD + (soft.keep * mixed.y_BxTxD).astype(x_BxTxD.dtype)
-    return row_major(y_BxTxD, context.target), mixed.cache, aux
+    return mixed._replace(y_BxTxD=row_major(y_BxTxD, context.target), aux=aux)
 
 
 def final_norm(params: dict[str, Any], x_BxTxD: jax.Array, context: Context, embed_ratio: Any = 1.0) -> jax.Array:
@@ -78,8 +78,8 @@ def hidden_states(
             name = layer_name(i)
 
             def block(layer: Any, x: jax.Array, block_soft: Soft, mixer: Mixer = mixer) -> tuple[jax.Array, Any]:
-                x, _, block_aux = apply_block(layer, x, mixer, context, None, block_soft)
-                return x, block_aux
+                mixed = apply_block(layer, x, mixer, context, None, block_soft)
+                return mixed.y_BxTxD, mixed.aux
 
             run = jax.checkpoint(block) if remat else block
             x_BxTxD, aux[name] = run(params[name], x_BxTxD, HARD if soft is None else soft[name])

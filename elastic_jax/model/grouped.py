@@ -8,6 +8,7 @@ the blocks that hold rows, and decoding reads an expert's weights once for a tok
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
+from elastic_jax.model.collectives import Summed, fetch_summed
 from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
 from elastic_jax.model.tiles import Chip
@@ -24,17 +26,20 @@ from elastic_jax.model.triton import plgpu
 BLOCK = 64  # rows that every expert's are padded to
 LARGEST = 128  # rows of a block where experts run in turn
 
+# (rows, w) -> (their product, w for the next user).
+Matmul = Callable[[jax.Array, Summed], tuple[jax.Array, Summed]]
+
 
 class Matmuls(NamedTuple):
     """Each row by its own expert's weights, which are the corner that is used of the stored w [G, E, F, D].
 
     Attributes:
-      into: (rows [R, d], w) -> [R, f].
-      out_of: (rows [R, f], w) -> [R, d].
+      into: of rows [R, d], [R, f].
+      out_of: of rows [R, f], [R, d].
     """
 
-    into: Callable[[jax.Array, jax.Array], jax.Array]
-    out_of: Callable[[jax.Array, jax.Array], jax.Array]
+    into: Matmul
+    out_of: Matmul
 
 
 class Fill(NamedTuple):
@@ -44,7 +49,9 @@ class Fill(NamedTuple):
     pairs: bool = True
 
 
-ExpertNetwork = Callable[[jax.Array, Matmuls], tuple[jax.Array, ...]]
+Weights = dict[str, Summed]
+Outputs = tuple[tuple[jax.Array, ...], Weights]  # [R, ...] or [K, N, ...], and the weights for their next user
+OwnNetwork = Callable[[jax.Array, Matmuls], Outputs]  # with its weights
 # (rows, the corner cut out of a w, groups of a Plan) -> rows; into: whether the corner is transposed.
 Grouped = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
 
@@ -68,29 +75,32 @@ def apply_experts(
     ids_KxN: jax.Array,
     experts: int,
     corner: Corner,
-    network: ExpertNetwork,
+    network: Callable[[jax.Array, Matmuls, Weights], Outputs],
+    weights: Weights,
     differentiable: bool = True,
     target: Target = ANYWHERE,
     complete: bool = False,
-) -> tuple[jax.Array, ...]:
-    """`network` of each token's K experts: arrays [K, N, ...], as a dimension of K beside the last one would fill half a tile.
+) -> Outputs:
+    """`network` of each token's K experts: arrays [K, N, ...], as a dimension of K beside the last one would fill half a tile;
+    and the weights for their next user.
 
     Args:
       ids_KxN: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       corner: of the stored weights.
-      network: maps (rows [R, D], matmuls) to arrays [R, ...].
+      network: maps (rows [R, D], matmuls, weights) to arrays [R, ...] and the weights as it leaves them.
+      weights: by name, each [G, E, F, D].
       differentiable: whether a gradient may be asked for, which the loop on CPU does not have.
       target: a Context's. complete: whether every pair's expert is here.
     """
-    fill = Fill(pairs=not complete)
-    blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, network, fill)
-    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, network, fill)
-    in_turn = lambda x, ids: _run_in_turn(x, ids, experts, corner, network)
+    fill, own = Fill(pairs=not complete), lambda rows, matmuls: network(rows, matmuls, weights)
+    blocks = lambda block: lambda x, ids: _run(x, ids, block_plan(ids, experts, block), corner, _block_matmul, own, fill)
+    by_ragged = lambda x, ids: _run(x, ids, sorted_plan(ids, experts), corner, _ragged_matmul, own, fill)
+    in_turn = lambda x, ids: (_run_in_turn(x, ids, experts, corner, own), weights)
     on_cpu = blocks(BLOCK) if differentiable else in_turn
     # A block's weights are gathered from its expert: of larger blocks a GPU keeps fewer copies, about three of all weights.
     on_cuda = blocks(max(BLOCK, block_size(ids_KxN.size, experts, largest=ids_KxN.size)))
     plain = lambda x, ids: by_platform(target, x, ids, default=by_ragged, cpu=on_cpu, cuda=on_cuda)
-    given = {'experts': experts, 'corner': corner, 'network': network}
+    given = {'experts': experts, 'corner': corner, 'network': own}
     # The kernel for TPU leaves rows that are nobody's out itself.
     kernel = partial(_run_by_kernel, **given, fill=fill._replace(rows=False), memory=target.memory)
     cuda = None if plgpu is None else partial(_run_by_triton, **given, fill=fill)
@@ -102,30 +112,40 @@ def _run_by_kernel(
     ids_KxN: jax.Array,
     experts: int,
     corner: Corner,
-    network: ExpertNetwork,
+    network: OwnNetwork,
     fill: Fill,
     memory: int,
     interpret: bool,
-) -> tuple[jax.Array, ...]:
+) -> Outputs:
     plan, chip = sorted_plan(ids_KxN, experts, ROWS), Chip(memory, interpret)
     grid = grid_of(plan.groups, plan.pair_of_row.shape[0])
-    into = lambda rows, w: into_experts(corner, chip, rows, w, grid)
-    out_of = lambda rows, w: out_of_experts(corner, chip, rows, w, grid)
-    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(into, out_of)), plan, ids_KxN, fill)
+
+    def one_way(form: Callable[..., tuple[jax.Array, jax.Array]]) -> Matmul:
+        def run(rows: jax.Array, given: Summed) -> tuple[jax.Array, Summed]:
+            own = fetch_summed(given.w, (), 0, given.w.dtype) if given.total is None else given
+            product, total = form(corner, chip, own.last, rows, own.w, own.total, grid)
+            return product, given if given.total is None else dataclasses.replace(own, total=total)
+
+        return run
+
+    matmuls = Matmuls(one_way(into_experts), one_way(out_of_experts))
+    outputs, weights = network(_dispatch(fill, x_NxD, plan), matmuls)
+    return _collected(outputs, plan, ids_KxN, fill), weights
 
 
 def _run_by_triton(
-    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork, fill: Fill, interpret: bool
-) -> tuple[jax.Array, ...]:
+    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: OwnNetwork, fill: Fill, interpret: bool
+) -> Outputs:
     plan = block_plan(ids_KxN, experts, grouped_triton.ROWS)
     blocks_E = -(-_sizes(ids_KxN.reshape(-1), experts) // grouped_triton.ROWS)
     blocks = grouped_triton.Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
-    one_way = lambda into: lambda rows, w: grouped_triton.block_matmul(corner, into, interpret, rows, w, blocks)
-    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_KxN, fill)
+    one_way = lambda into: lambda rows, own: (grouped_triton.block_matmul(corner, into, interpret, rows, own.w, blocks), own)
+    outputs, weights = network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False)))
+    return _collected(outputs, plan, ids_KxN, fill), weights
 
 
 def _run_in_turn(
-    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: ExpertNetwork
+    x_NxD: jax.Array, ids_KxN: jax.Array, experts: int, corner: Corner, network: OwnNetwork
 ) -> tuple[jax.Array, ...]:
     """One used expert after another, its rows block after block; XLA cuts its weights out once, before the inner loop.
 
@@ -140,21 +160,21 @@ def _run_in_turn(
     rows_RxD = jnp.pad(_dispatch(Fill(), x_NxD, plan), ((0, block), (0, 0)))
 
     def by(expert: jax.Array) -> Matmuls:
-        own = lambda w: jax.lax.dynamic_index_in_dim(corner.of(w), expert, keepdims=False)
-        return Matmuls(lambda rows, w: rows @ own(w).T, lambda rows, w: rows @ own(w))
+        its = lambda own: jax.lax.dynamic_index_in_dim(corner.of(own.w), expert, keepdims=False)
+        return Matmuls(lambda rows, own: (rows @ its(own).T, own), lambda rows, own: (rows @ its(own), own))
 
     def of_expert(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = used_first_E[i]
 
         def of_block(j: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             start = first_row_E[expert] + j * block
-            found = network(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), by(expert))
+            found, _ = network(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), by(expert))
             put = lambda output, new: jax.lax.dynamic_update_slice_in_dim(output, new, start, axis=0)
             return jax.tree.map(put, outputs, found)
 
         return jax.lax.fori_loop(0, -(-sizes_E[expert] // block), of_block, outputs)
 
-    shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0])), rows_RxD[:block])
+    shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0]))[0], rows_RxD[:block])
     empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
     outputs = jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), of_expert, empty)
     return _collected([out[:pairs] for out in outputs], plan, ids_KxN, Fill())
@@ -169,10 +189,11 @@ def block_size(pairs: int, experts: int, largest: int = LARGEST) -> int:
 
 
 def _run(
-    x_NxD: jax.Array, ids_KxN: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: ExpertNetwork, fill: Fill
-) -> tuple[jax.Array, ...]:
-    one_way = lambda into: lambda rows, w: matmul(rows, corner.of(w), plan.groups, into)
-    return _collected(network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False))), plan, ids_KxN, fill)
+    x_NxD: jax.Array, ids_KxN: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: OwnNetwork, fill: Fill
+) -> Outputs:
+    one_way = lambda into: lambda rows, own: (matmul(rows, corner.of(own.w), plan.groups, into), own)
+    outputs, weights = network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False)))
+    return _collected(outputs, plan, ids_KxN, fill), weights
 
 
 def _collected(outputs: Sequence[jax.Array], plan: Plan, ids_KxN: jax.Array, fill: Fill) -> tuple[jax.Array, ...]:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import MEMORY, ROW_TILE, Chip, dot, even_tile
+from elastic_jax.model.tiles import MEMORY, ROW_TILE, SUBLANES, Chip, dot, even_tile, whole
 
 MOST = 512  # rows of a visit
+FEATURES = 512  # of rows_f at a time
 DEPTHS = (256, 384, MOST)  # rows that are multiplied: the fewest that hold a visit's
 
 # expert -> (block, place in it) of the parent's experts.
@@ -58,12 +59,15 @@ def weight_gradient(
     end_E: jax.Array,
     blocks: tuple[int, int],
     place: Place,
-    dtype: jnp.dtype,
     chip: Chip,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
-    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D]. Rows of nobody may hold anything."""
+    """Σ_r rows [r, f] · rows [r, d] over each expert's rows: [*blocks, F, D] in float32. Rows of nobody may hold anything.
+
+    With `onto`, [blocks[0], E, F', D'], it is added in place to the leading corner of that.
+    """
     count, visits = visits_of(start_E, end_E, rows_RxF.shape[0])
-    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, dtype, chip, add_visit)
+    return gradient_of(rows_RxF, rows_RxD, count, visits, blocks, place, chip, onto, add_visit)
 
 
 def gradient_of(
@@ -73,69 +77,104 @@ def gradient_of(
     visits: Visits,
     blocks: tuple[int, int],
     place: Place,
-    dtype: jnp.dtype,
     chip: Chip,
+    onto: jax.Array | None,
     kernel: Callable[..., None],
 ) -> jax.Array:
     """`weight_gradient` by a kernel of one visit."""
     (rows, width), embed = rows_RxF.shape, rows_RxD.shape[1]
-    most, of_row = min(MOST, rows), 2 * rows_RxF.dtype.itemsize
-    # Sums; results and rows twice, as copies of the next ones overlap.
-    of_column = (4 + 2 * jnp.dtype(dtype).itemsize) * width + of_row * most
-    tile = even_tile(embed, embed, of_column, chip.memory - of_row * most * width)
+    out = jax.ShapeDtypeStruct((*blocks, width, embed) if onto is None else onto.shape, jnp.float32)
+    stored_width, stored_embed = out.shape[2:]
+    height, most = whole(width, stored_width, SUBLANES), min(MOST, rows)
+    # Results, what they are added to, and rows: twice, as copies of the next ones overlap.
+    of_result, of_row = (8 if onto is None else 16), 2 * rows_RxF.dtype.itemsize
+    tile = even_tile(embed, stored_embed, of_result * height + of_row * most, chip.memory - of_row * most * width)
     read = lambda visits, v: visits.tile_V[v] * ROW_TILE
-    padding = (0, -embed % tile)
+    padding = -embed % tile
+    if chip.interpret:  # which does not pad where results are aliased; a chip reads there whatever it finds
+        rows_RxD, padding = jnp.pad(rows_RxD, ((0, 0), (0, padding)), constant_values=jnp.nan), 0
+    columns = pl.Element(tile, (0, padding))
+    result = pl.BlockSpec((None, None, height, tile), lambda n, v, visits: (*place(visits.expert_V[v]), 0, n))
+
+    def run(visits: Visits, rows_f, rows_d, *refs) -> None:
+        added, out = (None, *refs) if onto is None else refs
+        kernel(visits, rows_f, rows_d, added, out, most=most, embed=embed)
+
     call = pl.pallas_call(
-        partial(kernel, most=most),
-        out_shape=jax.ShapeDtypeStruct((*blocks, width, embed), dtype),
+        run,
+        out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(-(-embed // tile), count),
             in_specs=[
                 pl.BlockSpec((pl.Element(most), pl.Element(width)), lambda n, v, visits: (read(visits, v), 0)),
-                pl.BlockSpec((pl.Element(most), pl.Element(tile, padding)), lambda n, v, visits: (read(visits, v), n * tile)),
+                pl.BlockSpec((pl.Element(most), columns), lambda n, v, visits: (read(visits, v), n * tile)),
+                *([] if onto is None else [result]),
             ],
-            out_specs=pl.BlockSpec((None, None, width, tile), lambda n, v, visits: (*place(visits.expert_V[v]), 0, n)),
-            scratch_shapes=[pltpu.VMEM((width, tile), jnp.float32)],
+            out_specs=result,
         ),
-        # Columns may be shared between a chip's cores; visits follow each other.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=MEMORY),
+        # Scalars count among the arguments.
+        input_output_aliases={} if onto is None else {len(visits) + 2: 0},
+        # Columns may be shared between a chip's cores; visits follow each other. Parts of sums lie beside blocks.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=MEMORY + MEMORY // 8
+        ),
         interpret=chip.interpret,
-        name='experts_gradient',
+        name='experts_gradient' if onto is None else 'experts_gradient_onto',
     )
-    return call(visits, rows_RxF, rows_RxD)
+    return call(visits, rows_RxF, rows_RxD, *([] if onto is None else [onto]))
 
 
-def add_visit(visits: Visits, rows_f, rows_d, out, total, *, most: int) -> None:
-    """The kernel: one visit."""
-    v, end = pl.program_id(1), pl.num_programs(1) - 1
+def add_visit(visits: Visits, rows_f, rows_d, onto, out, *, most: int, embed: int) -> None:
+    """The kernel: one visit. `onto` is what sums are added to, if anything."""
+    v, width, tile = pl.program_id(1), rows_f.shape[1], rows_d.shape[1]
+    # What lies beyond the columns that are used is somebody else's.
+    columns = embed - pl.program_id(0) * tile if onto is not None and embed % tile else tile
     expert = visits.expert_V[v]
     begins = (v == 0) | (visits.expert_V[jnp.maximum(v - 1, 0)] != expert)
     needed, fewer = visits.end_V[v] - visits.tile_V[v] * ROW_TILE, -1
     for depth in sorted({min(depth, most) for depth in DEPTHS}):
 
-        @pl.when(begins & (needed > fewer) & (needed <= depth))
+        @pl.when((needed > fewer) & (needed <= depth))
         def _(depth: int = depth) -> None:
-            total[...] = product(visits, v, rows_f, rows_d, depth)
+            add_product(visits, v, rows_f, rows_d, onto, out, begins, depth, columns)
 
         fewer = depth
 
-    @pl.when(~begins)
-    def _() -> None:
-        total[...] += product(visits, v, rows_f, rows_d, most)
+    if onto is not None and out.shape[0] > width:
 
-    @pl.when((v == end) | (visits.expert_V[jnp.minimum(v + 1, end)] != expert))
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+        @pl.when(begins)
+        def _() -> None:
+            out[width:] = onto[width:]
 
 
-def product(visits: Visits, v: jax.Array, rows_f, rows_d, depth: int) -> jax.Array:
-    """Of the visit's own among the first `depth` rows that it read."""
+def add_product(
+    visits: Visits, v: jax.Array, rows_f, rows_d, onto, out, begins: jax.Array, depth: int, columns: jax.Array | int
+) -> None:
+    """Adds that of the visit's own among the first `depth` rows that it read, and of the first `columns` of rows_d.
 
-    def mine(rows) -> jax.Array:
-        row = visits.tile_V[v] * ROW_TILE + jax.lax.broadcasted_iota(jnp.int32, (depth, rows.shape[1]), 0)
+    Where it begins a sum, to `onto` or to nothing.
+    """
+
+    def mine(rows: jax.Array, columns: jax.Array | int) -> jax.Array:
+        place = partial(jax.lax.broadcasted_iota, jnp.int32, rows.shape)
+        row = visits.tile_V[v] * ROW_TILE + place(0)
         own = (row >= visits.first_V[v]) & (row < visits.end_V[v])
-        return jnp.where(own, rows[:depth], jnp.zeros((), rows.dtype))
+        if not isinstance(columns, int):
+            own = own & (place(1) < columns)
+        return jnp.where(own, rows, jnp.zeros((), rows.dtype))
 
     # Both sides: what belongs to nobody may be no number.
-    return dot(mine(rows_f), mine(rows_d), (0, 0))
+    own_d = mine(rows_d[:depth], columns)
+
+    def add(first: jax.Array | int, count: int) -> None:
+        at = pl.ds(first, count)
+        product = dot(mine(rows_f[:depth, at], count), own_d, (0, 0))
+        out[at] = jnp.where(begins, 0.0 if onto is None else onto[at], out[at]) + product
+
+    width = rows_f.shape[1]
+    # A loop, as the time to compile follows the size of the kernel's text.
+    if whole_parts := width // FEATURES:
+        pl.loop(0, whole_parts)(lambda i: add(pl.multiple_of(i * FEATURES, FEATURES), FEATURES))
+    if width % FEATURES:
+        add(width - width % FEATURES, width % FEATURES)

@@ -80,36 +80,42 @@ def grid_of(sizes_E: jax.Array, rows: int) -> Grid:
     return Grid(last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, block_V, start_E, end_E))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def into_experts(corner: Corner, chip: Chip, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
-    """rows [R, d] by their experts' transposed weights: [R, f]. Rows that belong to nobody are undefined, in gradients too."""
-    return _product(corner, chip, rows_RxD, w_GxExFxD, grid, into=True)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def into_experts(
+    corner: Corner, chip: Chip, last: bool, rows_RxD: jax.Array, w_GxExFxD: jax.Array, total: jax.Array, grid: Grid
+) -> tuple[jax.Array, jax.Array]:
+    """(rows [R, d] by their experts' transposed weights: [R, f], total). Rows that belong to nobody are undefined, in gradients
+    too. `total`, which has the weights' gradient, and `last` are a Summed's.
+    """
+    return _product(corner, chip, rows_RxD, w_GxExFxD, grid, into=True), total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def out_of_experts(corner: Corner, chip: Chip, rows_RxF: jax.Array, w_GxExFxD: jax.Array, grid: Grid) -> jax.Array:
-    """rows [R, f] by their experts' weights: [R, d]; as `into_experts` otherwise."""
-    return _product(corner, chip, rows_RxF, w_GxExFxD, grid, into=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def out_of_experts(
+    corner: Corner, chip: Chip, last: bool, rows_RxF: jax.Array, w_GxExFxD: jax.Array, total: jax.Array, grid: Grid
+) -> tuple[jax.Array, jax.Array]:
+    """(rows [R, f] by their experts' weights: [R, d], total); as `into_experts` otherwise."""
+    return _product(corner, chip, rows_RxF, w_GxExFxD, grid, into=False), total
 
 
-def _into_forward(corner, chip, rows, w, grid):
-    return into_experts(corner, chip, rows, w, grid), (rows, w, grid)
+def _into_forward(corner, chip, last, rows, w, total, grid):
+    return into_experts(corner, chip, last, rows, w, total, grid), (rows, w, grid)
 
 
-def _into_backward(corner, chip, saved, grad_RxF):
-    rows_RxD, w, grid = saved
+def _into_backward(corner, chip, last, saved, grads):
+    (rows_RxD, w, grid), (grad_RxF, total) = saved, grads
     d_rows = _product(corner, chip, grad_RxF, w, grid, into=False)
-    return d_rows, _weight_gradient(corner, chip, grad_RxF, rows_RxD, w, grid), None
+    return d_rows, None, _weight_gradient(corner, chip, last, grad_RxF, rows_RxD, total, grid), None
 
 
-def _out_forward(corner, chip, rows, w, grid):
-    return out_of_experts(corner, chip, rows, w, grid), (rows, w, grid)
+def _out_forward(corner, chip, last, rows, w, total, grid):
+    return out_of_experts(corner, chip, last, rows, w, total, grid), (rows, w, grid)
 
 
-def _out_backward(corner, chip, saved, grad_RxD):
-    rows_RxF, w, grid = saved
+def _out_backward(corner, chip, last, saved, grads):
+    (rows_RxF, w, grid), (grad_RxD, total) = saved, grads
     d_rows = _product(corner, chip, grad_RxD, w, grid, into=True)
-    return d_rows, _weight_gradient(corner, chip, rows_RxF, grad_RxD, w, grid), None
+    return d_rows, None, _weight_gradient(corner, chip, last, rows_RxF, grad_RxD, total, grid), None
 
 
 into_experts.defvjp(_into_forward, _into_backward)
@@ -154,12 +160,12 @@ def _product_kernel(visits: Visits, rows, w, out, *, depth: int, over: tuple[int
 
 
 def _weight_gradient(
-    corner: Corner, chip: Chip, rows_RxF: jax.Array, rows_RxD: jax.Array, w_GxExFxD: jax.Array, grid: Grid
+    corner: Corner, chip: Chip, last: bool, rows_RxF: jax.Array, rows_RxD: jax.Array, total: jax.Array, grid: Grid
 ) -> jax.Array:
-    """Of every expert the sum over its rows, [G, E, F, D]: zero but in the corner."""
-    blocks, ends = (w_GxExFxD.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
-    of_corner = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, w_GxExFxD.dtype, chip)
-    return jnp.pad(of_corner, [(0, more - own) for more, own in zip(w_GxExFxD.shape, of_corner.shape, strict=True)])
+    """`total` and in its corner, of every expert, the sum over its rows: [G, E, F, D]. The last user's begins it."""
+    blocks, ends = (total.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
+    own = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, chip, None if last else total)
+    return jnp.pad(own, [(0, more - used) for more, used in zip(total.shape, own.shape, strict=True)])
 
 
 # Columns may be shared between a chip's cores; visits follow each other.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import MoE
-from elastic_jax.model.collectives import enter, gather_rows, leave, part_index, scatter_rows, total
+from elastic_jax.model.collectives import Summed, enter, gather_rows, leave, part_index, scatter_rows, total
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
-from elastic_jax.model.grouped import Matmuls, apply_experts
+from elastic_jax.model.grouped import Matmuls, Outputs, Weights, apply_experts
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.mlp import feed_forward
 
@@ -32,30 +35,32 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
     router_DxE = params['router'].reshape(embed, -1)
     ids_NxK, weights_NxK, scores_NxE = route(x_NxD, router_DxE, bias_E, mixer, share_E)
 
-    w = {name: params[f'expert_{name}'].astype(x_NxD.dtype) for name in ('up', 'gate', 'down') if f'expert_{name}' in params}
+    weights = {name: _weights(own, x_NxD.dtype) for name, own in params.items() if name.startswith('expert_')}
 
-    def network(rows_RxD: jax.Array, matmuls: Matmuls) -> tuple[jax.Array, ...]:
-        hidden = matmuls.into(rows_RxD, w['up'])
+    def network(rows_RxD: jax.Array, matmuls: Matmuls, weights: Weights) -> Outputs:
+        used = {}
+        hidden, used['expert_up'] = matmuls.into(rows_RxD, weights['expert_up'])
         if mixer.activation == 'swiglu':
-            activation = jax.nn.silu(matmuls.into(rows_RxD, w['gate'])) * hidden
+            gate, used['expert_gate'] = matmuls.into(rows_RxD, weights['expert_gate'])
+            activation = jax.nn.silu(gate) * hidden
         else:
             activation = jnp.square(jax.nn.relu(hidden))
-        out = matmuls.out_of(activation, w['down'])
-        return (out, activation) if context.taps else (out,)
+        out, used['expert_down'] = matmuls.out_of(activation, weights['expert_down'])
+        return ((out, activation) if context.taps else (out,)), used
 
     axes = context.shards.of('experts_blocks')
     row_axes = tuple(axis for axis in axes if axis in context.shards.data)
     unit_axes = tuple(axis for axis in axes if axis not in row_axes)
     corner = Corner(params['router'].shape[2], mixer.expert_width, embed)
-    experts = w['up'].shape[0] * corner.experts
+    experts = weights['expert_up'].w.shape[0] * corner.experts
     own_NxK = ids_NxK
     if axes:
         own_NxK = gather_rows(ids_NxK, row_axes) - part_index(axes) * experts
         own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
     differentiable = context.length_B is None  # with a cache nothing is trained
-    out_KxNxD, *activations = apply_experts(
-        rows_NxD, own_NxK.T, experts, corner, network, differentiable, context.target, complete=not axes
+    (out_KxNxD, *activations), summed = apply_experts(
+        rows_NxD, own_NxK.T, experts, corner, network, weights, differentiable, context.target, complete=not axes
     )
     shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
     # No matmul, of which XLA would hold K, too few for a tile, beside the last dimension; nor its sum, which is slower.
@@ -75,7 +80,12 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         y_NxD = y_NxD + shared_NxD
         if context.taps:
             aux['shared_width'] = shared_NxF.reshape(batch, length, -1)
-    return Mixed(y_NxD.reshape(batch, length, embed), None, aux)
+    return Mixed(y_NxD.reshape(batch, length, embed), None, aux, summed)
+
+
+def _weights(stored: jax.Array | Summed, dtype: Any) -> Summed:
+    own = stored if isinstance(stored, Summed) else Summed(stored)
+    return dataclasses.replace(own, w=own.w.astype(dtype))
 
 
 def route(

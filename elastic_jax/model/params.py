@@ -30,7 +30,7 @@ class Param:
       mask: the axes whose mask multiplies it (the producing side).
       float32: kept so, whatever the dtype of the others.
       whole: every device computes with all of it, though it has an axis that others are split over.
-      in_place: its mixer may be given the parent's, of which it uses the leading corner: a step does not cut it out.
+      in_place: its mixer may be given the parent's, as a Summed, of which it uses the leading corner: a step does not cut it out.
     """
 
     shape: tuple[Any, ...]

@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from elastic_jax.arch import Arch
+from elastic_jax.cost import parameters
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.collectives import fetch
+from elastic_jax.model.collectives import Summed, fetch, fetch_summed
 from elastic_jax.model.context import HARD, Context, Soft
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
 from elastic_jax.model.losses import Students
@@ -28,6 +29,7 @@ from elastic_jax.train.units import Segment, segments
 
 Aux = dict[str, dict[str, jax.Array]]
 Specs = dict[str, dict[str, PartitionSpec]]
+Fetched = dict[str, jax.Array | Summed]  # what is used in place is a Summed
 FETCHED = 'fetched'
 
 
@@ -64,17 +66,21 @@ def lockstep(
     """
     full, tables = param_table(parent, stack.layout), [param_table(arch, stack.layout) for arch in archs]
     held = full if stack.specs is None else _largest(full, tables)
+    # In the backward pass the gradient of a parameter that is used in place begins with its last user's: the largest.
+    order = sorted(range(len(archs)), key=lambda n: parameters(archs[n]))
 
-    def fetched(group: str, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return leaves if stack.specs is None else _fetch_group(leaves, held[group], stack.specs[group], context.dtype)
+    def fetched(group: str, leaves: dict[str, jax.Array]) -> Fetched:
+        return _fetch_group(leaves, held[group], None if stack.specs is None else stack.specs[group], context.dtype)
 
-    def cut(leaves: dict[str, jax.Array], group: str, n: int) -> dict[str, jax.Array]:
+    def cut(leaves: Fetched, group: str, n: int, last: bool = True) -> Fetched:
         declared = held[group]
-        corner = lambda name, leaf, param: slice_leaf(leaf, _local(declared[name], leaf), _local(param, leaf), f'{group}/{name}')
-        return {
-            name: leaves[name] if param.in_place else corner(name, leaves[name], param)
-            for name, param in tables[n][group].items()
-        }
+
+        def own(name: str, leaf: jax.Array | Summed, param: Param) -> jax.Array | Summed:
+            if param.in_place:
+                return dataclasses.replace(leaf, last=last)
+            return slice_leaf(leaf, _local(declared[name], leaf), _local(param, leaf), f'{group}/{name}')
+
+        return {name: own(name, leaves[name], param) for name, param in tables[n][group].items()}
 
     outside = {group: fetched(group, params[group]) for group in full if not group.startswith('layer_')}
     # Looked up once: a budget's rows are the leading part of the parent's, and the table is much larger than they.
@@ -86,11 +92,12 @@ def lockstep(
         """Every budget through one layer that has the shapes of layer `like`."""
         name = layer_name(like)
         whole = fetched(name, leaves)
-        outputs, auxes = list(inputs), [{}] * len(archs)
-        for n, arch in enumerate(archs):
-            if arch.mixers[like] is not None:
-                own = cut(whole, name, n)
-                outputs[n], _, auxes[n] = apply_block(own, inputs[n], arch.mixers[like], context, None, soft[n] if soft else HARD)
+        outputs, auxes, users = list(inputs), [{}] * len(archs), [n for n in order if archs[n].mixers[like] is not None]
+        for n in users:
+            own, mixer = cut(whole, name, n, last=n == users[-1]), archs[n].mixers[like]
+            found = apply_block(own, inputs[n], mixer, context, None, soft[n] if soft else HARD)
+            outputs[n], auxes[n] = found.y_BxTxD, found.aux
+            whole |= found.summed
         return outputs, auxes
 
     keys = [(parent.mixers[i], *(arch.mixers[i] for arch in archs)) for i in layers]
@@ -158,17 +165,20 @@ def _largest(full: Table, tables: Sequence[Table]) -> Table:
 
 
 def _fetch_group(
-    leaves: dict[str, jax.Array], table: dict[str, Param], specs: dict[str, PartitionSpec], dtype: Any
-) -> dict[str, jax.Array]:
-    """The parameters of a group, as large as `table` says, from what is stored here of the parent's."""
+    leaves: dict[str, jax.Array], table: dict[str, Param], specs: dict[str, PartitionSpec] | None, dtype: Any
+) -> Fetched:
+    """The parameters of a group, as large as `table` says, from what is stored here of the parent's; None: all of it."""
     result = {}
     for name, leaf in leaves.items():
         param = table[name]
         whole = leaf[tuple(slice(size) for size in param.shape)]  # dimensions that are split over devices are shorter here
-        stored = fetch_axes(param, specs[name])
-        for axes, dim in stored:
-            whole = fetch(whole, axes, dim, leaf.dtype if param.float32 else dtype)
-        result[name] = checkpoint_name(whole, FETCHED) if stored else whole
+        own_dtype = leaf.dtype if param.float32 else dtype
+        stored = () if specs is None else fetch_axes(param, specs[name])
+        *before, (axes, dim) = stored or [((), 0)]
+        for way in before:
+            whole = fetch(whole, *way, own_dtype)
+        whole = (fetch_summed if param.in_place else fetch)(whole, axes, dim, own_dtype)
+        result[name] = jax.tree.map(partial(checkpoint_name, name=FETCHED), whole) if stored else whole
     return result
 
 

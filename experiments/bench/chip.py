@@ -38,11 +38,12 @@ from jax.sharding import SingleDeviceSharding
 from elastic_jax.hlo_cost import estimated_cycles
 from elastic_jax.model import flash, grouped, grouped_kernel
 from elastic_jax.model.attention import attend_causally
+from elastic_jax.model.collectives import Summed
 from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
-from elastic_jax.model.grouped_gradient import gradient_of, product, visits_of
+from elastic_jax.model.grouped_gradient import add_product, gradient_of, visits_of
 from elastic_jax.model.grouped_kernel import Corner, block_of, grid_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
@@ -130,8 +131,12 @@ def experts(length: int = 8192) -> Piece:
     pairs, weights = length * TOP_K, ((EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED), jnp.bfloat16)
 
     def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
-        network = lambda rows, matmuls: (matmuls.out_of(jnp.square(jax.nn.relu(matmuls.into(rows, up))), down),)
-        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, target=Target(kernels=kernels), complete=True)[0]
+        def network(rows: jax.Array, matmuls: grouped.Matmuls, w: grouped.Weights) -> grouped.Outputs:
+            hidden, _ = matmuls.into(rows, w['up'])
+            return (matmuls.out_of(jnp.square(jax.nn.relu(hidden)), w['down'])[0],), w
+
+        w, target = {'up': Summed(up), 'down': Summed(down)}, Target(kernels=kernels)
+        return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, w, target=target, complete=True)[0][0]
 
     args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.int32))
     size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))
@@ -202,23 +207,24 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
     """The three kernels of the experts, each once, for a part of experts and tokens, with all visits made."""
     count, rows = EXPERTS // PARTS, 8192 * TOP_K // PARTS
 
-    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, total: jax.Array, sizes: jax.Array) -> Any:
         grid = grid_of(sizes, rows)._replace(count=rows // block_of(rows, count) + count - 1)
         _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
         into = grouped_kernel._product(CORNER, Chip(), rows_d, w, grid, into=True)
         out = grouped_kernel._product(CORNER, Chip(), rows_f, w, grid, into=False)
-        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, w.dtype, Chip(), add_the_most)
-        return into, out, gradient
+        gradient = partial(gradient_of, rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, Chip())
+        return into, out, gradient(None, add_the_most), gradient(total, add_the_most)
 
     weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
     shapes = [(rows, EMBED), (rows, WIDTH), weights]
-    return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
+    return run, [*((shape, jnp.bfloat16) for shape in shapes), (weights, jnp.float32), ((count,), jnp.int32)]
 
 
-def add_the_most(visits: Any, rows_f: Any, rows_d: Any, out: Any, total: Any, *, most: int) -> None:
+def add_the_most(visits: Any, rows_f: Any, rows_d: Any, onto: Any, out: Any, *, most: int, embed: int) -> None:
     """A visit of the experts' gradients with nothing on a condition, which profiles leave out: as many rows as there can be."""
-    total[...] += product(visits, pl.program_id(1), rows_f, rows_d, most)
-    out[...] = total[...].astype(out.dtype)
+    v, tile = pl.program_id(1), rows_d.shape[1]
+    columns = tile if onto is None else embed - pl.program_id(0) * tile
+    add_product(visits, v, rows_f, rows_d, onto, out, v == 0, most, columns)
 
 
 def one_chunk() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:

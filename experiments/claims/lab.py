@@ -31,7 +31,7 @@ from elastic_jax.train.setup import make_plan
 
 BUDGETS = {'full': 1.0, 'mid': 0.7, 'small': 0.45}
 # Steps, context and batch of an arm; learning rates of what starts from the parent and of what starts from nothing.
-RUNS = {'': (128, 256, 8), 'medium': (192, 256, 8), 'large': (2000, 512, 16), 'smoke': (12, 64, 4)}
+RUNS = {'': (128, 256, 8), 'long': (128, 256, 8), 'medium': (192, 256, 8), 'large': (2000, 512, 16), 'smoke': (12, 64, 4)}
 TUNED, FRESH = {'lr': 1e-3, 'final_lr': 1e-4, 'warmup': 10}, {'lr': 4e-3, 'final_lr': 4e-4, 'warmup': 10}
 Build = Callable[['Setting', ConfigDict], None]
 

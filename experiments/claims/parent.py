@@ -5,6 +5,7 @@
 The scripts beside this file train it by themselves when it is not there. Sizes, chosen by the argument:
 
   ''     0.75 M parameters, 2.5 M bytes of the standard library's source: about 10 minutes of one core
+  long   the same for four times as long, until it is nearly flat: 40 minutes of one core
   medium 2.1 M parameters, 5 M bytes: about 40 minutes of one core
   large  4.9 M parameters, 33 M bytes: hours on two cores, minutes on a GPU
   smoke  60 k parameters, seconds: only shows that all runs
@@ -18,6 +19,7 @@ from elastic_jax.train.config import default_config, stage
 # embed, MLP width, Mamba heads, blocks; steps, context and batch of pretraining.
 SIZES = {
     '': ((128, 512, 16, 'M-*-M-'), (1200, 256, 8)),
+    'long': ((128, 512, 16, 'M-*-M-'), (4800, 256, 8)),
     'medium': ((192, 1024, 24, 'M-*-M-'), (2500, 256, 8)),
     'large': ((256, 1024, 32, 'M-*-M-M-*-M-'), (4000, 512, 16)),
     'smoke': ((32, 64, 8, 'M-*-M-'), (30, 64, 4)),

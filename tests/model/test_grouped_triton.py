@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from elastic_jax.model import grouped
+from elastic_jax.model.collectives import Summed
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.grouped_triton import COLUMNS, DEPTH, ROWS
 from elastic_jax.model.kernels import Target
@@ -28,8 +29,9 @@ def test_experts_and_their_gradients_are_the_loop_over_experts(width, embed):
     @jax.jit
     def run(x, w):
         def form(x, w):
-            network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, w), w),)
-            return grouped._run_by_triton(x, ids.T, 4, corner, network, grouped.Fill(), interpret=True)[0][0]
+            own = Summed(w)
+            network = lambda rows, matmuls: ((matmuls.out_of(matmuls.into(rows, own)[0], own)[0],), {})
+            return grouped._run_by_triton(x, ids.T, 4, corner, network, grouped.Fill(), interpret=True)[0][0][0]
 
         y, backward = jax.vjp(form, x, w)
         return y, *backward(weight)
@@ -53,8 +55,8 @@ def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for_and_comput
     x, w = shaped(jnp.bfloat16, 512, 2688), shaped(jnp.bfloat16, 64, 2, 1856, 2688)
 
     def loss(target, w, x, ids):
-        network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, w), w),)
-        return grouped.apply_experts(x, ids, 128, corner, network, target=target)[0].sum()
+        network = lambda rows, matmuls, own: ((matmuls.out_of(matmuls.into(rows, own['w'])[0], own['w'])[0],), own)
+        return grouped.apply_experts(x, ids, 128, corner, network, {'w': Summed(w)}, target=target)[0][0].sum()
 
     program = lambda target: cuda.lowered(jax.grad(functools.partial(loss, target)), w, x, shaped(jnp.int32, 6, 512))
     by_kernel, plain = program(Target('cuda', kernels=True)), program(Target('cuda'))

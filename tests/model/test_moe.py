@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
+from elastic_jax.model.collectives import Summed, fetch_summed
 from elastic_jax.model.context import Context
 from elastic_jax.model.grouped_gradient import weight_gradient
 from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
@@ -68,9 +69,10 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not():
 STORED, CORNER, EXPERTS = (2, 4, 6, 9), Corner(experts=3, width=5, embed=7), 6
 
 
-def dense(x, ids, weights, stored, activation):
+def dense(x, ids, weights, stored, activation, corner=CORNER):
     """Every expert on every token, weighed: what grouped matmuls must give, differentiable, without any plan."""
-    w = {name: jnp.concatenate(list(w_GxExFxD[:, :3, :5, :7])) for name, w_GxExFxD in stored.items()}
+    experts, width, embed = dataclasses.astuple(corner)
+    w = {name: jnp.concatenate(list(w_GxExFxD[:, :experts, :width, :embed])) for name, w_GxExFxD in stored.items()}
     per_expert = jnp.einsum('nd,efd->enf', x, w['up'])
     gated = (
         jax.nn.silu(jnp.einsum('nd,efd->enf', x, w['gate'])) * per_expert
@@ -78,7 +80,7 @@ def dense(x, ids, weights, stored, activation):
         else jax.nn.relu(per_expert) ** 2
     )
     out_ExNxD = jnp.einsum('enf,efd->end', gated, w['down'])
-    share_NxE = jnp.sum(jax.nn.one_hot(ids, EXPERTS) * weights[..., None], axis=1)
+    share_NxE = jnp.sum(jax.nn.one_hot(ids, 2 * experts) * weights[..., None], axis=1)
     return jnp.einsum('end,ne->nd', out_ExNxD, share_NxE)
 
 
@@ -86,22 +88,25 @@ def dense(x, ids, weights, stored, activation):
 TARGETS = {'here': Target('cpu'), 'kernels': Target('cpu', kernels=True)}
 
 
-def grouped_form(form, x, ids, weights, w, activation):
-    def network(rows, matmuls):
-        hidden = matmuls.into(rows, w['up'])
-        gate = lambda: jax.nn.silu(matmuls.into(rows, w['gate'])) * hidden
-        return (matmuls.out_of(gate() if activation == 'swiglu' else jax.nn.relu(hidden) ** 2, w['down']),)
+def network_of(activation, rows, matmuls, w):
+    hidden, up = matmuls.into(rows, w['up'])
+    gated, gate = matmuls.into(rows, w['gate']) if activation == 'swiglu' else (None, w['gate'])
+    out, down = matmuls.out_of(jax.nn.relu(hidden) ** 2 if gated is None else jax.nn.silu(gated) * hidden, w['down'])
+    return (out,), {'up': up, 'gate': gate, 'down': down}
 
-    ids = ids.T
+
+def grouped_form(form, x, ids, weights, w, activation):
+    ids, w, network = ids.T, {name: Summed(own) for name, own in w.items()}, functools.partial(network_of, activation)
+    own = lambda rows, matmuls: network(rows, matmuls, w)
     if form in TARGETS:
-        (out,) = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, target=TARGETS[form])
+        (out,), _ = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, w, target=TARGETS[form])
     elif form == 'triton':
-        (out,) = grouped._run_by_triton(x, ids, EXPERTS, CORNER, network, grouped.Fill(), interpret=True)
+        (out,), _ = grouped._run_by_triton(x, ids, EXPERTS, CORNER, own, grouped.Fill(), interpret=True)
     elif form == 'ragged':
-        (out,) = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, network, grouped.Fill())
+        (out,), _ = grouped._run(x, ids, grouped.sorted_plan(ids, EXPERTS), CORNER, grouped._ragged_matmul, own, grouped.Fill())
     else:
-        (out,) = grouped._run(
-            x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, network, grouped.Fill()
+        (out,), _ = grouped._run(
+            x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, own, grouped.Fill()
         )
     return jnp.einsum('knd,nk->nd', out, weights)
 
@@ -169,7 +174,7 @@ def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, row
     w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
     rows_d, rows_f = (rng.normal(size=(rows, own)).astype(np.float32) for own in (embed, width))
     grid = grid_of(np.asarray(sizes, np.int32), rows)
-    run = jax.jit(lambda rows, w, form: form(corner, Chip(interpret=True), rows, w, grid), static_argnames='form')
+    run = jax.jit(lambda rows, w, form: form(corner, Chip(interpret=True), True, rows, w, w, grid)[0], static_argnames='form')
     expert = np.repeat(np.arange(4), sizes)
     own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
     into = np.einsum('rd,rfd->rf', rows_d[: len(expert)], own)
@@ -196,10 +201,68 @@ def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows)
         np.testing.assert_allclose(found[expert, 0], expected, atol=2e-4, err_msg=str(expert))
 
 
+@pytest.mark.parametrize(
+    ('stored', 'width', 'embed'),
+    [((2, 3, 28, 300), 24, 200), ((2, 2, 1040, 140), 1032, 130), ((2, 2, 24, 256), 24, 256), ((2, 2, 9, 7), 6, 5)],
+)
+def test_gradients_of_experts_are_added_in_place_to_a_larger_array(stored, width, embed):
+    """To the corner that is used; all else stays as it is. Several tiles, of which the last is not whole, by numpy in float64."""
+    rng, sizes, rows = np.random.default_rng(6), np.asarray([70, 0, 30, 20]), 128
+    onto = rng.normal(size=stored).astype(np.float32)
+    rows_f, rows_d = (rng.normal(size=(rows, own)).astype(np.float32) for own in (width, embed))
+    ends, expected = np.cumsum(sizes), onto.astype(np.float64)
+    for own in (rows_f, rows_d):
+        own[ends[-1] :] = np.nan
+    for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = slice(end - size, end)
+        expected[expert // 2, expert % 2, :width, :embed] += rows_f[own].astype(np.float64).T @ rows_d[own]
+    run = functools.partial(weight_gradient, blocks=(2, 2), place=Corner(2, width, embed).place, chip=Chip(0, interpret=True))
+    found = jax.jit(run)(rows_f, rows_d, jnp.asarray(ends - sizes), jnp.asarray(ends), onto=onto)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    outside = np.ones(stored, bool)
+    outside[:, :2, :width, :embed] = False
+    np.testing.assert_array_equal(np.asarray(found)[outside], onto[outside])
+
+
+@pytest.mark.parametrize('activation', ['swiglu', 'relu2'])
+def test_one_sum_takes_the_gradients_of_all_users_of_the_experts(activation):
+    """Two corners of which neither holds the other, one after the other, in float32 though the weights are in bfloat16: its
+    gradient is that of the dense form, and nothing is left for the weights themselves."""
+    rng = np.random.default_rng(8)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
+    stored = {name: draw(*STORED).astype(jnp.bfloat16).astype(jnp.float32) for name in ('up', 'gate', 'down')}
+    corners = (Corner(experts=2, width=6, embed=9), Corner(experts=4, width=3, embed=8))
+    users = []
+    for corner in corners:
+        ids = jnp.asarray(np.stack([rng.permutation(2 * corner.experts)[:2] for _ in range(20)]))
+        users.append((corner, draw(20, corner.embed), ids, draw(20, 2), draw(20, corner.embed)))
+
+    def by_kernels(stored, dtype):
+        w, loss = {name: fetch_summed(own, (), 0, dtype) for name, own in stored.items()}, 0.0
+        for n, (corner, x, ids, weights, grad) in enumerate(users):
+            own = {name: dataclasses.replace(own, last=n == len(users) - 1) for name, own in w.items()}
+            network = functools.partial(network_of, activation)
+            experts = 2 * corner.experts
+            (out,), w = grouped.apply_experts(x.astype(dtype), ids.T, experts, corner, network, own, target=TARGETS['kernels'])
+            loss += jnp.vdot(jnp.einsum('knd,nk->nd', out.astype(jnp.float32), weights), grad)
+        return loss
+
+    def densely(stored):
+        parts = [jnp.vdot(dense(x, ids, weights, stored, activation, corner), grad) for corner, x, ids, weights, grad in users]
+        return sum(parts)
+
+    expected = jax.grad(densely)(stored)
+    found = jax.jit(jax.grad(functools.partial(by_kernels, dtype=jnp.float32)))(stored)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), found, expected)
+    rounded = jax.jit(jax.grad(functools.partial(by_kernels, dtype=jnp.bfloat16)))(stored)
+    for name in ('up', 'gate', 'down') if activation == 'swiglu' else ('up', 'down'):
+        own = rounded[name]
+        assert np.any(own != own.astype(jnp.bfloat16).astype(jnp.float32)), f'{name} was summed in bfloat16'
+        np.testing.assert_allclose(own, expected[name], atol=3e-2 * np.abs(expected[name]).max())
+
+
 gradient_jit = jax.jit(
-    functools.partial(
-        weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), dtype=jnp.float32, chip=Chip(memory=0, interpret=True)
-    )
+    functools.partial(weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), chip=Chip(memory=0, interpret=True))
 )
 
 
@@ -211,7 +274,8 @@ def test_where_nothing_is_trained_experts_run_in_turn(tokens):
     """Blocks of one, one and four rows; experts that are unused, and pairs (of id 6) whose expert is elsewhere."""
     rng = np.random.default_rng(tokens)
     up, down = rng.normal(size=(2, *STORED)).astype(np.float32)
-    network = lambda rows, matmuls: (matmuls.out_of(matmuls.into(rows, jnp.asarray(up)), jnp.asarray(down)), rows)
+    matrices = [Summed(jnp.asarray(w)) for w in (up, down)]
+    network = lambda rows, matmuls: ((matmuls.out_of(matmuls.into(rows, matrices[0])[0], matrices[1])[0], rows), {})
     own = [np.concatenate(list(w[:, :3, :5, :7])) for w in (up, down)]
     for _ in range(5):
         x, ids = (

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import Layout
 from elastic_jax.model import grouped
+from elastic_jax.model.collectives import Summed
 from elastic_jax.model.context import Context
 from elastic_jax.model.kernels import ANYWHERE, Target
 from elastic_jax.model.moe import moe
@@ -46,8 +47,8 @@ def on_mesh(mesh, target=ANYWHERE):
     rows = batch_spec(mesh)
 
     def run(layer, x):
-        out, _, aux = moe(layer, x, MIXER, context, None)
-        return out, aux['expert_load']
+        mixed = moe(layer, x, MIXER, context, None)
+        return mixed.y_BxTxD, mixed.aux['expert_load']
 
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(computed, rows), out_specs=(rows, PartitionSpec()), check_vma=False))
 
@@ -87,8 +88,8 @@ def test_split_experts_are_the_loop_over_tokens_and_experts(form, sizes):
 @pytest.mark.parametrize('known', [True, False], ids=['platform known', 'platform left to lowering'])
 def test_only_where_it_is_a_grouped_matmul_the_ragged_one_is_called(known, platform, kernels, called):
     x, ids, w = jnp.ones((16, 8)), jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 2, 8, 8))
-    network = lambda rows, matmuls: (matmuls.into(rows, w),)
+    network = lambda rows, matmuls, w: ((matmuls.into(rows, w['up'])[0],), w)
     target = Target(platform if known else '', kernels)
-    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, target=target)
+    run = lambda x, ids, w: grouped.apply_experts(x, ids, 4, grouped.Corner(2, 8, 8), network, {'up': Summed(w)}, target=target)
     text = jax.jit(run).trace(x, ids, w).lower(lowering_platforms=(platform,)).as_text()
     assert [name for name in ('ragged_dot', 'tpu_custom_call') if name in text] == ([called] if called else [])

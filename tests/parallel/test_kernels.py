@@ -23,8 +23,12 @@ PARENT = Arch.from_pattern(
     mlp=MLP(32),
     moe=MoE(8, 12, 2, shared_width=8),
 )
-NAMES = ('ssd_forward', 'splash', 'experts_into', 'conv_silu_by_kernel', 'gated_norm_by_kernel')
-BUDGETS = (('full', PARENT), ('small', PARENT.narrow(embed=8, mlp=16, query_heads=1, mamba_heads=2, experts=4, expert_width=6)))
+NAMES = ('ssd_forward', 'splash', 'experts_into', 'experts_gradient_onto', 'conv_silu_by_kernel', 'gated_norm_by_kernel')
+BUDGETS = (
+    ('full', PARENT),
+    ('small', PARENT.narrow(embed=8, mlp=16, query_heads=1, mamba_heads=2, experts=4, expert_width=6)),
+    ('mid', PARENT.narrow(embed=12, expert_width=8)),
+)
 
 
 @pytest.mark.slow
@@ -45,7 +49,7 @@ def test_loss_and_gradients_are_those_without_kernels(monkeypatch):
     found = {}
     for kernels in ('xla', 'pallas'):
         config = StepConfig(LAYOUT, chunk=64, remat=True, scan=True, kernels=kernels, mesh=mesh)
-        step = jax.jit(loss_and_gradients(elastic_loss(PARENT, BUDGETS, (0.5, 0.5), config), PARENT, config))
+        step = jax.jit(loss_and_gradients(elastic_loss(PARENT, BUDGETS, (0.5, 0.3, 0.2), config), PARENT, config))
         lowered = step.lower(learned, teacher, place.put_whole_batch(batch))
         names = lowered.as_text(debug_info=True)
         assert [name in names for name in NAMES] == [kernels == 'pallas'] * len(NAMES)
