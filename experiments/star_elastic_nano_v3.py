@@ -61,7 +61,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.stages.long = stage('elastic', 4_770, 49_152, SEQUENCES, probabilities=last)
     config.calibrate.update({'batches': 4, 'batch_size': SEQUENCES, 'context': 8192, 'layer_batches': 0})
 
-    config.update({'dtype': 'bfloat16', 'remat': True, 'scan_layers': True, 'loss_chunk': 1024})
+    config.update({'dtype': 'bfloat16', 'remat': True, 'scan_layers': True, 'loss_chunk': 2048})
     config.eval.update({'batches': 4, 'batch_size': SEQUENCES, 'context': 8192})
     config.checkpoint.update({'every': 500, 'keep': 3})
     return config
