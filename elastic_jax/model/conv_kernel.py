@@ -30,15 +30,18 @@ def fits_conv_kernel(shape_BxTxC: tuple[int, ...], taps: int) -> bool:
     return length % LANES == 0 and math.prod(channels) % LANES == 0 and taps <= SUBLANES
 
 
-@partial(jax.jit, static_argnames='interpret')  # traced once for all layers of one shape
+@partial(jax.jit, static_argnames=('users', 'interpret'))  # traced once for all layers of one shape
 def conv_silu_by_kernel(
     u_BxTxC: jax.Array,
     kernel_KxC: jax.Array,
     bias_C: jax.Array | None,
     segment_ids_BxT: jax.Array | None,
+    users: int = 1,
     interpret: bool = False,
-) -> jax.Array:
-    """silu of `conv.causal_conv` without a past; C may be several dimensions, as there."""
+) -> tuple[jax.Array, ...]:
+    """silu of `conv.causal_conv` without a past, once for each of `users`, whose gradients the kernel adds up as it reads them;
+    C may be several dimensions, as there.
+    """
     batch, length, *channels = u_BxTxC.shape
     taps = kernel_KxC.shape[0]
     flat = lambda x: x.reshape(*x.shape[: x.ndim - len(channels)], -1)
@@ -49,8 +52,8 @@ def conv_silu_by_kernel(
     # On all lanes, which as one number for a token it would take in memory as well.
     same_BxTxL = jnp.broadcast_to(same.astype(jnp.int32)[..., None], (*same.shape, LANES))
     wide = lambda x: flat(x).astype(jnp.float32)
-    y_BxTxC = _conv_silu(interpret, flat(u_BxTxC), wide(kernel_KxC), wide(bias_C)[None], same_BxTxL)
-    return y_BxTxC.reshape(u_BxTxC.shape)
+    found = _conv_silu(interpret, users, flat(u_BxTxC), wide(kernel_KxC), wide(bias_C)[None], same_BxTxL)
+    return tuple(y_BxTxC.reshape(u_BxTxC.shape) for y_BxTxC in found)
 
 
 class _Tiles:
@@ -85,30 +88,35 @@ class _Tiles:
         )(*inputs)  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv_silu(interpret: bool, u: jax.Array, kernel: jax.Array, bias: jax.Array, same: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv_silu(
+    interpret: bool, users: int, u: jax.Array, kernel: jax.Array, bias: jax.Array, same: jax.Array
+) -> tuple[jax.Array, ...]:
     tiles = _Tiles(u.shape, len(kernel), reverse=False)
     specs = [tiles.own, tiles.before, tiles.of_channel(len(kernel)), tiles.of_channel(1), tiles.same]
     out = [jax.ShapeDtypeStruct(u.shape, u.dtype)]
     scratch = [(HALO + tiles.rows, LANES)]
-    return tiles.call(_forward_kernel, interpret, [u, u, kernel, bias, same], specs, out, [tiles.own], scratch)[0]
+    y = tiles.call(_forward_kernel, interpret, [u, u, kernel, bias, same], specs, out, [tiles.own], scratch)[0]
+    return (y,) * users
 
 
-def _forward(interpret: bool, *args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _conv_silu(interpret, *args), args
+def _forward(interpret: bool, users: int, *args: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    return _conv_silu(interpret, users, *args), args
 
 
-def _backward(interpret: bool, residuals: tuple[jax.Array, ...], y_grad: jax.Array) -> tuple[Any, ...]:
+def _backward(interpret: bool, users: int, residuals: tuple[jax.Array, ...], y_grads: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     u, kernel, bias, same = residuals
     taps = len(kernel)
     tiles = _Tiles(u.shape, taps, reverse=True)
-    specs = [tiles.own, tiles.before, tiles.of_channel(taps), tiles.of_channel(1), tiles.same, tiles.own]
+    specs = [tiles.own, tiles.before, tiles.of_channel(taps), tiles.of_channel(1), tiles.same, *[tiles.own] * users]
     sums = (taps + 1) * SUBLANES
     out = [jax.ShapeDtypeStruct(u.shape, u.dtype), jax.ShapeDtypeStruct((sums, u.shape[-1]), jnp.float32)]
     of_tile, of_next = (HALO + tiles.rows, LANES), (tiles.width // LANES, taps, SUBLANES, LANES)
     scratch = [of_tile, (taps, tiles.rows + SUBLANES, LANES), of_next]
-    inputs = [u, u, kernel, bias, same, y_grad.astype(u.dtype)]
-    u_grad, sums = tiles.call(_backward_kernel, interpret, inputs, specs, out, [tiles.own, tiles.of_channel(sums)], scratch)
+    inputs = [u, u, kernel, bias, same, *(y_grad.astype(u.dtype) for y_grad in y_grads)]
+    u_grad, sums = tiles.call(
+        partial(_backward_kernel, users), interpret, inputs, specs, out, [tiles.own, tiles.of_channel(sums)], scratch
+    )
     of_tap = sums.reshape(taps + 1, SUBLANES, -1).sum(axis=1)
     return u_grad, of_tap[:taps][::-1], of_tap[taps:], np.zeros(same.shape, jax.dtypes.float0)
 
@@ -152,11 +160,9 @@ def _forward_kernel(tiles: _Tiles, u: Any, before: Any, kernel: Any, bias: Any, 
         tiles.strips(strip)
 
 
-def _backward_kernel(
-    tiles: _Tiles, u: Any, before: Any, kernel: Any, bias: Any, same: Any, dy: Any, du: Any, sums: Any, *scratch: Any
-) -> None:  # fmt: skip
+def _backward_kernel(users: int, tiles: _Tiles, u: Any, before: Any, kernel: Any, bias: Any, same: Any, *refs: Any) -> None:
     """`dz` [taps, rows, lanes]: what of a token's dz goes to the token s before; `after`: its first rows of the next tile."""
-    (held, dz, after), taps, rows = scratch, tiles.taps, tiles.rows
+    dys, (du, sums, held, dz, after), taps, rows = refs[:users], refs[users:], tiles.taps, tiles.rows
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _() -> None:
@@ -173,7 +179,8 @@ def _backward_kernel(
             is_same = _is_same(same, row, taps)
             z, shifted = _convolved(held, kernel, bias, is_same, lanes, row)
             gate = sigmoid(z)
-            own = dy[0, pl.ds(row, STRIP), lanes].astype(jnp.float32) * gate * (1.0 + z * (1.0 - gate))
+            dy = sum(ref[0, pl.ds(row, STRIP), lanes].astype(jnp.float32) for ref in dys)
+            own = dy * gate * (1.0 + z * (1.0 - gate))
             parts = [own, *(jnp.where(is_same[s], own, 0.0) for s in range(1, taps))]
             for s, part in enumerate(parts):
                 dz[s, pl.ds(row, STRIP)] = part

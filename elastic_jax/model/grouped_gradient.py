@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 from elastic_jax.model.tiles import MEMORY, ROW_TILE, SUBLANES, Chip, dot, even_tile, whole
 
 MOST = 512  # rows of a visit
-FEATURES = 512  # of rows_f at a time
 DEPTHS = (256, 384, MOST)  # rows that are multiplied: the fewest that hold a visit's
 
 # expert -> (block, place in it) of the parent's experts.
@@ -165,16 +164,6 @@ def add_product(
         return jnp.where(own, rows, jnp.zeros((), rows.dtype))
 
     # Both sides: what belongs to nobody may be no number.
-    own_d = mine(rows_d[:depth], columns)
-
-    def add(first: jax.Array | int, count: int) -> None:
-        at = pl.ds(first, count)
-        product = dot(mine(rows_f[:depth, at], count), own_d, (0, 0))
-        out[at] = jnp.where(begins, 0.0 if onto is None else onto[at], out[at]) + product
-
-    width = rows_f.shape[1]
-    # A loop, as the time to compile follows the size of the kernel's text.
-    if whole_parts := width // FEATURES:
-        pl.loop(0, whole_parts)(lambda i: add(pl.multiple_of(i * FEATURES, FEATURES), FEATURES))
-    if width % FEATURES:
-        add(width - width % FEATURES, width % FEATURES)
+    product = dot(mine(rows_f[:depth], rows_f.shape[1]), mine(rows_d[:depth], columns), (0, 0))
+    own = pl.ds(0, rows_f.shape[1])
+    out[own] = jnp.where(begins, 0.0 if onto is None else onto[own], out[own]) + product

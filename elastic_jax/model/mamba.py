@@ -78,8 +78,8 @@ def mamba(
     for name, u in inputs.items():
         past = None if cache is None else getattr(cache, name)
         kernel, bias = params[f'conv_{name}'], params.get(f'conv_{name}_bias')
-        convolved[name] = _conv_silu(u, kernel, bias, context, past)
-    x_BxTxGxMxP, b_BxTxGxN, c_BxTxGxN = convolved['x'], convolved['b'], convolved['c']
+        convolved[name] = _conv_silu(u, kernel, bias, context, past, users=2 if name == 'x' else 1)
+    (x_BxTxGxMxP, skipped_BxTxGxMxP), (b_BxTxGxN,), (c_BxTxGxN,) = (convolved[name] for name in ('x', 'b', 'c'))
 
     dt_BxTxGxM = jax.nn.softplus(project('dt').astype(jnp.float32) + params['dt_bias'][None, None])
     dt_BxTxGxM = jnp.clip(dt_BxTxGxM, mixer.dt_min, mixer.dt_max)
@@ -94,19 +94,24 @@ def mamba(
         trial = MambaTrial(cache, inputs, x_BxTxGxMxP, dt_BxTxGxM, a_GxM, b_BxTxGxN, c_BxTxGxN)
         y_BxTxGxMxP, cache = settle(trial, context.valid_B, mixer)
         cache = trial if context.trial else cache
-    operands = y_BxTxGxMxP, x_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
+    operands = y_BxTxGxMxP, skipped_BxTxGxMxP, project('z'), params['d'], params['gated_norm']
     normed_BxTxGxMxP = _gated_norm(operands, context, cache, soft.gated_ratio)
     y_BxTxD = leave(out_of(normed_BxTxGxMxP.reshape(*x_BxTxD.shape[:2], -1), params['out'], context.target), axes)
     return Mixed(y_BxTxD, cache, {'mamba': inputs['x']} if context.taps else {})
 
 
 def _conv_silu(
-    u_BxTxC: jax.Array, kernel_KxC: jax.Array, bias_C: jax.Array | None, context: Context, past_BxKxC: jax.Array | None
-) -> jax.Array:
-    """silu of the causal convolution; C is several dimensions."""
-    plain = lambda u, kernel, bias, ids: jax.nn.silu(causal_conv(u, kernel, bias, ids, past_BxKxC))
+    u_BxTxC: jax.Array,
+    kernel_KxC: jax.Array,
+    bias_C: jax.Array | None,
+    context: Context,
+    past_BxKxC: jax.Array | None,
+    users: int,
+) -> tuple[jax.Array, ...]:
+    """silu of the causal convolution, once for each of its users; C is several dimensions."""
+    plain = lambda u, kernel, bias, ids: (jax.nn.silu(causal_conv(u, kernel, bias, ids, past_BxKxC)),) * users
     fits = past_BxKxC is None and fits_conv_kernel(u_BxTxC.shape, len(kernel_KxC))
-    kernel = conv_silu_by_kernel if fits else None
+    kernel = partial(conv_silu_by_kernel, users=users) if fits else None
     return by_kernel(context.target, kernel, plain, u_BxTxC, kernel_KxC, bias_C, context.segment_ids_BxT)
 
 

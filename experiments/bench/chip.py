@@ -107,7 +107,8 @@ def convolution(heads: int = 64, length: int = 8192) -> Piece:
     u, plain = ((1, length, channels), jnp.bfloat16), lambda u, *rest: jax.nn.silu(causal_conv(u, *rest, None))
     args = (u, ((taps, channels), jnp.float32), ((channels,), jnp.float32), ((1, length), jnp.int32))
     # Forward reads and writes; backward reads both and writes.
-    return Piece(plain, conv_silu_by_kernel, args, u, 3, 0.0, 2 * 5 * length * channels)
+    kernel = lambda *args: conv_silu_by_kernel(*args)[0]
+    return Piece(plain, kernel, args, u, 3, 0.0, 2 * 5 * length * channels)
 
 
 def gated_norm(heads: int = 64, length: int = 8192, groups: int = 8) -> Piece:

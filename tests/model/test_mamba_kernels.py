@@ -30,11 +30,13 @@ def documents(length, longest=40):
 
 # One tile; three tiles of tokens and two of channels, by a kernel of two taps; more taps than a group of rows that move together.
 @pytest.mark.parametrize('length, channels, taps', [(128, (2, 64), 4), (384, (1, 2, 128), 2), (256, (128,), 7)])
-@pytest.mark.parametrize('packed', [True, False])
-def test_the_convolution_sees_its_own_document(length, channels, taps, packed):
+@pytest.mark.parametrize(('packed', 'users'), [(True, 2), (False, 1)])
+def test_the_convolution_sees_its_own_document(length, channels, taps, packed, users):
+    """Its gradient is that of all its users' together."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    u, kernel, bias, weight = draw(2, length, *channels), draw(taps, *channels), draw(*channels), draw(2, length, *channels)
+    u, kernel, bias = draw(2, length, *channels), draw(taps, *channels), draw(*channels)
+    weights = tuple(draw(2, length, *channels) for _ in range(users))
     assert fits_conv_kernel(u.shape, taps)
     ids = documents(length) if packed else None
     expected = np.zeros(u.shape) + bias.astype(np.float64) * packed
@@ -42,11 +44,13 @@ def test_the_convolution_sees_its_own_document(length, channels, taps, packed):
         if t >= s and (ids is None or ids[b, t - s] == ids[b, t]):
             expected[b, t] += kernel[taps - 1 - s].astype(np.float64) * u[b, t - s]
     given = (u, kernel, bias) if packed else (u, kernel)
-    form = lambda u, kernel, bias=None: conv_silu_by_kernel(u, kernel, bias, ids, interpret=True)
+    form = lambda u, kernel, bias=None: conv_silu_by_kernel(u, kernel, bias, ids, users, interpret=True)
     found, backward = jax.vjp(form, *given)
-    close(found, silu(expected))
+    assert len(found) == users
+    for own in found:
+        close(own, silu(expected))
     plain = lambda u, kernel, bias=None: jax.nn.silu(causal_conv(u, kernel, bias, ids, None))
-    jax.tree.map(close, backward(weight), jax.vjp(plain, *given)[1](weight))
+    jax.tree.map(close, backward(weights), jax.vjp(plain, *given)[1](sum(weights)))
 
 
 # Groups of whole columns; of three and a half, so that two share one; several in a column; all groups in one tile.
@@ -73,7 +77,7 @@ def test_in_bfloat16_only_the_result_is_rounded():
     half = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     u, kernel = half(1, 128, 128), half(4, 128)
     exact = jax.nn.silu(causal_conv(u.astype(jnp.float32), kernel.astype(jnp.float32), None, None, None))
-    found = conv_silu_by_kernel(u, kernel, None, None, interpret=True)
+    (found,) = conv_silu_by_kernel(u, kernel, None, None, interpret=True)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 

@@ -203,7 +203,7 @@ def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows)
 
 @pytest.mark.parametrize(
     ('stored', 'width', 'embed'),
-    [((2, 3, 28, 300), 24, 200), ((2, 2, 1040, 140), 1032, 130), ((2, 2, 24, 256), 24, 256), ((2, 2, 9, 7), 6, 5)],
+    [((2, 3, 28, 300), 24, 200), ((2, 2, 24, 256), 24, 256), ((2, 2, 9, 7), 6, 5)],
 )
 def test_gradients_of_experts_are_added_in_place_to_a_larger_array(stored, width, embed):
     """To the corner that is used; all else stays as it is. Several tiles, of which the last is not whole, by numpy in float64."""
