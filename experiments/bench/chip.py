@@ -129,6 +129,7 @@ CORNER = Corner(PER_BLOCK, WIDTH, EMBED)
 
 
 def experts(length: int = 8192) -> Piece:
+    """Gradients of the weights are in bfloat16; the kernels' sums, which a step takes as they are, are in float32."""
     pairs, weights = length * TOP_K, ((EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED), jnp.bfloat16)
 
     def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
@@ -208,24 +209,23 @@ def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]
     """The three kernels of the experts, each once, for a part of experts and tokens, with all visits made."""
     count, rows = EXPERTS // PARTS, 8192 * TOP_K // PARTS
 
-    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, total: jax.Array, sizes: jax.Array) -> Any:
+    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
         grid = grid_of(sizes, rows)._replace(count=rows // block_of(rows, count) + count - 1)
         _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
         into = grouped_kernel._product(CORNER, Chip(), rows_d, w, grid, into=True)
         out = grouped_kernel._product(CORNER, Chip(), rows_f, w, grid, into=False)
-        gradient = partial(gradient_of, rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, Chip())
-        return into, out, gradient(None, add_the_most), gradient(total, add_the_most)
+        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, Chip(), None, add_the_most)
+        return into, out, gradient
 
     weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
     shapes = [(rows, EMBED), (rows, WIDTH), weights]
-    return run, [*((shape, jnp.bfloat16) for shape in shapes), (weights, jnp.float32), ((count,), jnp.int32)]
+    return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
 
 
 def add_the_most(visits: Any, rows_f: Any, rows_d: Any, onto: Any, out: Any, *, most: int, embed: int) -> None:
     """A visit of the experts' gradients with nothing on a condition, which profiles leave out: as many rows as there can be."""
-    v, tile = pl.program_id(1), rows_d.shape[1]
-    columns = tile if onto is None else embed - pl.program_id(0) * tile
-    add_product(visits, v, rows_f, rows_d, onto, out, v == 0, most, columns)
+    v = pl.program_id(1)
+    add_product(visits, v, rows_f, rows_d, onto, out, v == 0, most, rows_d.shape[1])
 
 
 def one_chunk() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:

@@ -5,7 +5,7 @@
 The scripts beside this file train it by themselves when it is not there. Sizes, chosen by the argument:
 
   ''     0.75 M parameters, 2.5 M bytes of the standard library's source: about 10 minutes of one core
-  long   the same for four times as long, until it is nearly flat: 40 minutes of one core
+  long   the same for four times as long, until it has flattened: an hour of one core
   medium 2.1 M parameters, 5 M bytes: about 40 minutes of one core
   large  4.9 M parameters, 33 M bytes: hours on two cores, minutes on a GPU
   smoke  60 k parameters, seconds: only shows that all runs
