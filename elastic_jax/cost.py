@@ -19,7 +19,7 @@ Keep = Sequence[Any] | None
 
 EXPERT = frozenset(('expert_up', 'expert_gate', 'expert_down'))
 # Recomputing a block in the backward pass spares the matmuls that end it, as only the sum that they produce needs their result.
-ENDS = frozenset(('o', 'out', 'down', 'shared_down'))
+ENDS = frozenset(('o', 'out', 'down', 'shared_down', 'expert_down'))
 
 
 def _size(params: dict[str, Param], chosen: Callable[[str, Param], bool] = lambda name, param: True) -> Any:

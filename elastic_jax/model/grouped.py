@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
 from elastic_jax.model.collectives import Summed, fetch_summed
-from elastic_jax.model.grouped_kernel import ROWS, Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import ROWS, Corner, block_of, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
 from elastic_jax.model.tiles import Chip
 from elastic_jax.model.triton import plgpu
@@ -36,10 +36,12 @@ class Matmuls(NamedTuple):
     Attributes:
       into: of rows [R, d], [R, f].
       out_of: of rows [R, f], [R, d].
+      of_pairs: of a number for each (token, choice) pair, [K, N], the rows' numbers [R].
     """
 
     into: Matmul
     out_of: Matmul
+    of_pairs: Callable[[jax.Array], jax.Array]
 
 
 class Fill(NamedTuple):
@@ -50,7 +52,7 @@ class Fill(NamedTuple):
 
 
 Weights = dict[str, Summed]
-Outputs = tuple[tuple[jax.Array, ...], Weights]  # [R, ...] or [K, N, ...], and the weights for their next user
+Outputs = tuple[tuple[jax.Array, ...], Weights]  # and the weights for their next user
 OwnNetwork = Callable[[jax.Array, Matmuls], Outputs]  # with its weights
 # (rows, the corner cut out of a w, groups of a Plan) -> rows; into: whether the corner is transposed.
 Grouped = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
@@ -81,13 +83,13 @@ def apply_experts(
     target: Target = ANYWHERE,
     complete: bool = False,
 ) -> Outputs:
-    """`network` of each token's K experts: arrays [K, N, ...], as a dimension of K beside the last one would fill half a tile;
-    and the weights for their next user.
+    """`network` of each token's K experts, added up: [N, ...]; what else it returns, of each pair, [K, N, ...], as a dimension of
+    K beside the last one would fill half a tile; and the weights for their next user.
 
     Args:
       ids_KxN: 0 … experts - 1, or `experts` for an expert that is not here: its output is zero.
       corner: of the stored weights.
-      network: maps (rows [R, D], matmuls, weights) to arrays [R, ...] and the weights as it leaves them.
+      network: maps (rows [R, D], matmuls, weights) to arrays [R, ...], the output first, and the weights as it leaves them.
       weights: by name, each [G, E, F, D].
       differentiable: whether a gradient may be asked for, which the loop on CPU does not have.
       target: a Context's. complete: whether every pair's expert is here.
@@ -118,7 +120,8 @@ def _run_by_kernel(
     interpret: bool,
 ) -> Outputs:
     plan, chip = sorted_plan(ids_KxN, experts, ROWS), Chip(memory, interpret)
-    grid = grid_of(plan.groups, plan.pair_of_row.shape[0])
+    rows = plan.pair_of_row.shape[0]
+    grid = grid_of(plan.groups, rows, block_of(corner, rows, x_NxD.dtype.itemsize, chip))
 
     def one_way(form: Callable[..., tuple[jax.Array, jax.Array]]) -> Matmul:
         def run(rows: jax.Array, given: Summed) -> tuple[jax.Array, Summed]:
@@ -128,7 +131,7 @@ def _run_by_kernel(
 
         return run
 
-    matmuls = Matmuls(one_way(into_experts), one_way(out_of_experts))
+    matmuls = Matmuls(one_way(into_experts), one_way(out_of_experts), partial(_of_pairs, fill, plan))
     outputs, weights = network(_dispatch(fill, x_NxD, plan), matmuls)
     return _collected(outputs, plan, ids_KxN, fill), weights
 
@@ -140,7 +143,8 @@ def _run_by_triton(
     blocks_E = -(-_sizes(ids_KxN.reshape(-1), experts) // grouped_triton.ROWS)
     blocks = grouped_triton.Blocks(*(u.astype(jnp.int32) for u in (plan.groups, jnp.pad(jnp.cumsum(blocks_E), (1, 0)))))
     one_way = lambda into: lambda rows, own: (grouped_triton.block_matmul(corner, into, interpret, rows, own.w, blocks), own)
-    outputs, weights = network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False)))
+    matmuls = Matmuls(one_way(True), one_way(False), partial(_of_pairs, fill, plan))
+    outputs, weights = network(_dispatch(fill, x_NxD, plan), matmuls)
     return _collected(outputs, plan, ids_KxN, fill), weights
 
 
@@ -159,22 +163,27 @@ def _run_in_turn(
     used_first_E = jnp.argsort(sizes_E == 0, stable=True)
     rows_RxD = jnp.pad(_dispatch(Fill(), x_NxD, plan), ((0, block), (0, 0)))
 
-    def by(expert: jax.Array) -> Matmuls:
+    def by(expert: jax.Array, start: jax.Array | int) -> Matmuls:
         its = lambda own: jax.lax.dynamic_index_in_dim(corner.of(own.w), expert, keepdims=False)
-        return Matmuls(lambda rows, own: (rows @ its(own).T, own), lambda rows, own: (rows @ its(own), own))
+        own_of = lambda all_R: jax.lax.dynamic_slice_in_dim(jnp.pad(all_R, (0, block)), start, block)
+        return Matmuls(
+            into=lambda rows, own: (rows @ its(own).T, own),
+            out_of=lambda rows, own: (rows @ its(own), own),
+            of_pairs=lambda pairs_KxN: own_of(_of_pairs(Fill(), plan, pairs_KxN)),
+        )
 
     def of_expert(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = used_first_E[i]
 
         def of_block(j: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             start = first_row_E[expert] + j * block
-            found, _ = network(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), by(expert))
+            found, _ = network(jax.lax.dynamic_slice_in_dim(rows_RxD, start, block), by(expert, start))
             put = lambda output, new: jax.lax.dynamic_update_slice_in_dim(output, new, start, axis=0)
             return jax.tree.map(put, outputs, found)
 
         return jax.lax.fori_loop(0, -(-sizes_E[expert] // block), of_block, outputs)
 
-    shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0]))[0], rows_RxD[:block])
+    shapes = jax.eval_shape(lambda rows: network(rows, by(used_first_E[0], 0))[0], rows_RxD[:block])
     empty = tuple(jnp.zeros((pairs + block, *shape.shape[1:]), shape.dtype) for shape in shapes)
     outputs = jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), of_expert, empty)
     return _collected([out[:pairs] for out in outputs], plan, ids_KxN, Fill())
@@ -192,12 +201,15 @@ def _run(
     x_NxD: jax.Array, ids_KxN: jax.Array, plan: Plan, corner: Corner, matmul: Grouped, network: OwnNetwork, fill: Fill
 ) -> Outputs:
     one_way = lambda into: lambda rows, own: (matmul(rows, corner.of(own.w), plan.groups, into), own)
-    outputs, weights = network(_dispatch(fill, x_NxD, plan), Matmuls(one_way(True), one_way(False)))
+    matmuls = Matmuls(one_way(True), one_way(False), partial(_of_pairs, fill, plan))
+    outputs, weights = network(_dispatch(fill, x_NxD, plan), matmuls)
     return _collected(outputs, plan, ids_KxN, fill), weights
 
 
 def _collected(outputs: Sequence[jax.Array], plan: Plan, ids_KxN: jax.Array, fill: Fill) -> tuple[jax.Array, ...]:
-    return tuple(_collect(fill, out, plan).reshape(*ids_KxN.shape, *out.shape[1:]) for out in outputs)
+    output, *others = outputs
+    of_pair = (_collect(fill, rows, plan).reshape(*ids_KxN.shape, *rows.shape[1:]) for rows in others)
+    return (_combine(fill, ids_KxN.shape[1], output, plan), *of_pair)
 
 
 def sorted_plan(ids_KxN: jax.Array, experts: int, multiple: int = 1) -> Plan:
@@ -260,18 +272,24 @@ def _dispatch(fill: Fill, x_NxD: jax.Array, plan: Plan) -> jax.Array:
     return _take(x_NxD, token_of_row, fill.rows)
 
 
-def _dispatch_fwd(fill: Fill, x_NxD: jax.Array, plan: Plan) -> tuple[jax.Array, tuple[Plan, int]]:
-    return _dispatch(fill, x_NxD, plan), (plan, x_NxD.shape[0])
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine(fill: Fill, tokens: int, rows_RxD: jax.Array, plan: Plan) -> jax.Array:
+    """[N, D]: of each token the sum of its pairs' rows, which is the transpose of `_dispatch`: each has the other's gradient.
+
+    A gather where autodiff would scatter: each token's K rows are known. Added one by one: XLA's sum takes four times as long.
+    """
+    parts_KxNxD = _take(rows_RxD, plan.row_of_pair, fill.pairs).reshape(-1, tokens, *rows_RxD.shape[1:])
+    return sum(part_NxD.astype(jnp.float32) for part_NxD in parts_KxNxD).astype(rows_RxD.dtype)
 
 
-def _dispatch_bwd(fill: Fill, residuals: tuple[Plan, int], rows_RxD: jax.Array) -> tuple[jax.Array, None]:
-    # A gather where autodiff would scatter: each token's K rows are known. Added one by one: XLA's sum takes four times as long.
-    plan, tokens = residuals
-    parts_KxNxD = _take(rows_RxD, plan.row_of_pair, fill.pairs).reshape(-1, tokens, rows_RxD.shape[-1])
-    return sum(part_NxD.astype(jnp.float32) for part_NxD in parts_KxNxD).astype(rows_RxD.dtype), None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch.defvjp(
+    lambda fill, x_NxD, plan: (_dispatch(fill, x_NxD, plan), (plan, x_NxD.shape[0])),
+    lambda fill, saved, rows_RxD: (_combine(fill, saved[1], rows_RxD, saved[0]), None),
+)
+_combine.defvjp(
+    lambda fill, tokens, rows_RxD, plan: (_combine(fill, tokens, rows_RxD, plan), plan),
+    lambda fill, tokens, plan, sum_NxD: (_dispatch(fill, sum_NxD, plan), None),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -280,12 +298,21 @@ def _collect(fill: Fill, rows: jax.Array, plan: Plan) -> jax.Array:
     return _take(rows, plan.row_of_pair, fill.pairs)
 
 
-def _collect_fwd(fill: Fill, rows: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
-    return _collect(fill, rows, plan), plan
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(fill: Fill, pairs: jax.Array, plan: Plan) -> jax.Array:
+    """[R, ...]: each row's pair; the transpose of `_collect`."""
+    return _take(pairs, plan.pair_of_row, fill.rows)
 
 
-def _collect_bwd(fill: Fill, plan: Plan, pairs: jax.Array) -> tuple[jax.Array, None]:
-    return _take(pairs, plan.pair_of_row, fill.rows), None
+_collect.defvjp(
+    lambda fill, rows, plan: (_collect(fill, rows, plan), plan),
+    lambda fill, plan, pairs: (_spread(fill, pairs, plan), None),
+)
+_spread.defvjp(
+    lambda fill, pairs, plan: (_spread(fill, pairs, plan), plan),
+    lambda fill, plan, rows: (_collect(fill, rows, plan), None),
+)
 
 
-_collect.defvjp(_collect_fwd, _collect_bwd)
+def _of_pairs(fill: Fill, plan: Plan, pairs_KxN: jax.Array) -> jax.Array:
+    return _spread(fill, pairs_KxN.reshape(-1), plan)

@@ -3,12 +3,14 @@
 An expert's weights lie as [F, D] in the parent's array [G, E, F, D], into the expert and out of it. A budget's are the leading
 corner [G, e, f, d] of that, and the kernels read only those tiles of it: cutting the corner out would copy, in every pass and for
 every budget, as many bytes as the matmuls read. The grid visits every block of rows once for each expert that has rows in it (as
-MegaBlocks does, arXiv 2211.15841), with one expert's weights on the chip until the next one's turn.
+MegaBlocks does, arXiv 2211.15841), with one expert's weights on the chip until the next one's turn; a visit multiplies the
+expert's own rows and few others, whatever the block's size. Two cores share the blocks that have rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from elastic_jax.model.grouped_gradient import weight_gradient
-from elastic_jax.model.tiles import LANES, MEMORY, ROW_TILE, Chip, dot, even_tile, whole
+from elastic_jax.model.tiles import LANES, MEMORY, ROW_TILE, Chip, dot, whole
 
-ROWS = 128  # of a block, half as many where experts have few: a block that several share is computed for each of them
-FEW = 1024  # rows an expert
-WEIGHTS = 6 * 2**20  # bytes of weights on the chip at a time, half of what it then holds of them
+ROWS = 128  # their number is a multiple
+BLOCKS = (1024, 512, 256, 128, 64)  # rows of a block
+STEP = 64  # rows that are multiplied at once: as few as matmul units take at full speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +45,52 @@ class Corner:
 
 
 class Visits(NamedTuple):
-    """Block `block_V[v]` of rows meets expert `expert_V[v]`, whose rows are `start_E` up to `end_E`.
+    """Of half h of the blocks, visit v is of block `block_HxV[h, v]` of rows to expert `expert_HxV[h, v]`; `count_H[h]` are made.
 
-    Blocks and experts never go back. An expert without rows has one visit, which changes nothing.
+    Blocks and experts never go back. An expert's rows are `start_E` up to `end_E`.
     """
 
-    expert_V: jax.Array
-    block_V: jax.Array
+    expert_HxV: jax.Array
+    block_HxV: jax.Array
+    count_H: jax.Array
     start_E: jax.Array
     end_E: jax.Array
 
 
-class Grid(NamedTuple):
-    """The first `count` visits are made."""
+@partial(jax.tree_util.register_dataclass, data_fields=['count', 'visits'], meta_fields=['block'])
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """`count` steps, as many as either half has visits, by blocks of `block` rows."""
 
     count: jax.Array
     visits: Visits
+    block: int
 
 
-def block_of(rows: int, experts: int) -> int:
-    """Rows of a block."""
-    return ROWS // 2 if rows < FEW * experts else ROWS
+def block_of(corner: Corner, rows: int, itemsize: int, chip: Chip) -> int:
+    """Rows of a block, of which there are at least two: what half of the memory holds, as copies of the next ones overlap."""
+    fits = chip.memory // (4 * itemsize * (corner.width + corner.embed))
+    return min(next((block for block in BLOCKS if block <= fits), BLOCKS[-1]), rows // 2)
 
 
-def grid_of(sizes_E: jax.Array, rows: int) -> Grid:
+def grid_of(sizes_E: jax.Array, rows: int, block: int) -> Grid:
     """Of `rows` rows, a multiple of ROWS, sorted by expert, of which each has `sizes_E`; any left over belong to nobody."""
-    block = block_of(rows, len(sizes_E))
+    experts, blocks = sizes_E.shape[0], -(-rows // block)
     end_E = jnp.cumsum(sizes_E)
     start_E = end_E - sizes_E
-    first_E = jnp.minimum(start_E // block, rows // block - 1)
-    steps_E = jnp.where(sizes_E > 0, (end_E - 1) // block - first_E + 1, 1)
-    last_E = jnp.cumsum(steps_E)
-    step_V = jnp.arange(rows // block + sizes_E.shape[0])
-    expert_V = jnp.minimum(jnp.searchsorted(last_E, step_V, side='right', method='compare_all'), sizes_E.shape[0] - 1)
-    block_V = first_E[expert_V] + step_V - (last_E - steps_E)[expert_V]
-    return Grid(last_E[-1], Visits(*(u.astype(jnp.int32) for u in (expert_V, block_V, start_E, end_E))))
+    first_E, after_E = start_E // block, jnp.where(sizes_E > 0, -(-end_E // block), start_E // block)
+    last_E = jnp.cumsum(after_E - first_E)
+    # Halves share no block, as each core writes whole ones. One without visits has its first block to itself.
+    middle = jnp.maximum(-(-end_E[-1] // (2 * block)), 1)
+    earlier = jnp.clip(jnp.minimum(after_E, middle) - first_E, 0).sum()
+    count_H = jnp.stack([earlier, last_E[-1] - earlier])
+    step_HxV = jnp.minimum(jnp.arange(blocks + experts - 1)[None], jnp.maximum(count_H - 1, 0)[:, None])
+    step_HxV = step_HxV + jnp.stack([0, earlier])[:, None]
+    expert_HxV = jnp.minimum(jnp.searchsorted(last_E, step_HxV, side='right', method='compare_all'), experts - 1)
+    block_HxV = after_E[expert_HxV] + step_HxV - last_E[expert_HxV]
+    block_HxV = jnp.where(count_H[:, None] > 0, block_HxV, jnp.stack([0, middle])[:, None])
+    visits = Visits(*(u.astype(jnp.int32) for u in (expert_HxV, block_HxV, count_H, start_E, end_E)))
+    return Grid(jnp.maximum(count_H.max(), 1).astype(jnp.int32), visits, block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -87,7 +100,7 @@ def into_experts(
     """(rows [R, d] by their experts' transposed weights: [R, f], total). Rows that belong to nobody are undefined, in gradients
     too. `total`, which has the weights' gradient, and `last` are a Summed's.
     """
-    return _product(corner, chip, rows_RxD, w_GxExFxD, grid, into=True), total
+    return product_of(corner, chip, rows_RxD, w_GxExFxD, grid, True, multiply_rows), total
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -95,7 +108,7 @@ def out_of_experts(
     corner: Corner, chip: Chip, last: bool, rows_RxF: jax.Array, w_GxExFxD: jax.Array, total: jax.Array, grid: Grid
 ) -> tuple[jax.Array, jax.Array]:
     """(rows [R, f] by their experts' weights: [R, d], total); as `into_experts` otherwise."""
-    return _product(corner, chip, rows_RxF, w_GxExFxD, grid, into=False), total
+    return product_of(corner, chip, rows_RxF, w_GxExFxD, grid, False, multiply_rows), total
 
 
 def _into_forward(corner, chip, last, rows, w, total, grid):
@@ -104,7 +117,7 @@ def _into_forward(corner, chip, last, rows, w, total, grid):
 
 def _into_backward(corner, chip, last, saved, grads):
     (rows_RxD, w, grid), (grad_RxF, total) = saved, grads
-    d_rows = _product(corner, chip, grad_RxF, w, grid, into=False)
+    d_rows = product_of(corner, chip, grad_RxF, w, grid, False, multiply_rows)
     return d_rows, None, _weight_gradient(corner, chip, last, grad_RxF, rows_RxD, total, grid), None
 
 
@@ -114,7 +127,7 @@ def _out_forward(corner, chip, last, rows, w, total, grid):
 
 def _out_backward(corner, chip, last, saved, grads):
     (rows_RxF, w, grid), (grad_RxD, total) = saved, grads
-    d_rows = _product(corner, chip, grad_RxD, w, grid, into=True)
+    d_rows = product_of(corner, chip, grad_RxD, w, grid, True, multiply_rows)
     return d_rows, None, _weight_gradient(corner, chip, last, rows_RxF, grad_RxD, total, grid), None
 
 
@@ -122,41 +135,77 @@ into_experts.defvjp(_into_forward, _into_backward)
 out_of_experts.defvjp(_out_forward, _out_backward)
 
 
-def _product(corner: Corner, chip: Chip, rows_RxC: jax.Array, w_GxExFxD: jax.Array, grid: Grid, into: bool) -> jax.Array:
+def product_of(
+    corner: Corner,
+    chip: Chip,
+    rows_RxC: jax.Array,
+    w_GxExFxD: jax.Array,
+    grid: Grid,
+    into: bool,
+    kernel: Callable[..., None],
+) -> jax.Array:
+    """What `into_experts` or `out_of_experts` returns, by a kernel of one visit."""
     rows, depth = rows_RxC.shape
     stored_width, stored_embed = w_GxExFxD.shape[2:]
-    block = block_of(rows, w_GxExFxD.shape[0] * corner.experts)
-    columns = corner.width if into else corner.embed
+    columns, stored = (corner.width, stored_width) if into else (corner.embed, stored_embed)
     other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, ROW_TILE)
-    tile = even_tile(columns, stored_width if into else stored_embed, other * w_GxExFxD.dtype.itemsize, WEIGHTS)
+    tile = _columns_of(columns, stored, 2 * other * w_GxExFxD.dtype.itemsize, chip.memory // 2)
     if into:
         shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)
     else:
         shape, place, over = (other, tile), lambda n: (0, n), (1, 0)
-    expert = lambda n, v, visits: (*corner.place(visits.expert_V[v]), *place(n))
+    block = lambda h, v, visits: visits.block_HxV[h, v]
+    expert = lambda h, n, v, visits: (*corner.place(visits.expert_HxV[h, v]), *place(n))
     call = pl.pallas_call(
-        partial(_product_kernel, depth=depth, over=over),
+        partial(kernel, depth=depth, over=over),
         out_shape=jax.ShapeDtypeStruct((rows, columns), rows_RxC.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(-(-columns // tile), grid.count),
+            grid=(2, -(-columns // tile), grid.count),
             in_specs=[
-                pl.BlockSpec((block, depth), lambda n, v, visits: (visits.block_V[v], 0)),
+                pl.BlockSpec((grid.block, depth), lambda h, n, v, visits: (block(h, v, visits), 0)),
                 pl.BlockSpec((None, None, *shape), expert),
             ],
-            out_specs=pl.BlockSpec((block, min(tile, columns)), lambda n, v, visits: (visits.block_V[v], n)),
+            out_specs=pl.BlockSpec((grid.block, min(tile, columns)), lambda h, n, v, visits: (block(h, v, visits), n)),
         ),
-        compiler_params=_ORDER,
+        # Halves may be shared between a chip's cores; visits follow each other.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=MEMORY),
         interpret=chip.interpret,
         name='experts_into' if into else 'experts_out',
     )
     return call(grid.visits, rows_RxC, w_GxExFxD)
 
 
-def _product_kernel(visits: Visits, rows, w, out, *, depth: int, over: tuple[int, int]) -> None:
+def _columns_of(columns: int, stored: int, bytes_of_one: int, most: int) -> int:
+    """Columns at a time: all if there is room for them, or even parts in whole lanes."""
+    parts = 1
+    while (tile := -(-columns // (parts * LANES)) * LANES) * bytes_of_one > most and tile > LANES:
+        parts += 1
+    return whole(columns, stored, LANES) if parts == 1 else tile
+
+
+def multiply_rows(visits: Visits, rows, w, out, *, depth: int, over: tuple[int, int]) -> None:
+    """The kernel: one visit."""
+    h, v = pl.program_id(0), pl.program_id(2)
+    expert, before = visits.expert_HxV[h, v], visits.block_HxV[h, v] * rows.shape[0]
+    first = jnp.maximum(visits.start_E[expert] - before, 0)
+    last = jnp.minimum(visits.end_E[expert] - before, rows.shape[0])
+    begin = first - jax.lax.rem(first, ROW_TILE)
+
+    @pl.when(v < visits.count_H[h])
+    def _() -> None:
+        steps = jax.lax.div(last - begin + STEP - 1, STEP)
+        jax.lax.fori_loop(0, steps, lambda n, _: multiply(begin + n * STEP, first, last, rows, w, out, depth, over), None)
+
+
+def multiply(start: jax.Array, first: jax.Array, last: jax.Array, rows, w, out, depth: int, over: tuple[int, int]) -> None:
+    """STEP rows from `start` on, of which `first` up to `last` are the expert's. All are rows of the block."""
+    start = pl.multiple_of(jnp.minimum(start, rows.shape[0] - STEP), ROW_TILE)
+    some = pl.ds(start, STEP)
     own_weights = w[:, :depth] if over[1] == 1 else w[:depth]
-    product = dot(rows[...], own_weights, over)[:, : out.shape[1]].astype(out.dtype)
-    out[...] = jnp.where(_own(visits, product.shape), product, out[...])
+    product = dot(rows[some], own_weights, over)[:, : out.shape[1]].astype(out.dtype)
+    row = start + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
+    out[some] = jnp.where((row >= first) & (row < last), product, out[some])
 
 
 def _weight_gradient(
@@ -166,15 +215,3 @@ def _weight_gradient(
     blocks, ends = (total.shape[0], corner.experts), (grid.visits.start_E, grid.visits.end_E)
     own = weight_gradient(rows_RxF, rows_RxD, *ends, blocks, corner.place, chip, None if last else total)
     return jnp.pad(own, [(0, more - used) for more, used in zip(total.shape, own.shape, strict=True)])
-
-
-# Columns may be shared between a chip's cores; visits follow each other.
-_ORDER = pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=MEMORY)
-
-
-def _own(visits: Visits, shape: tuple[int, ...]) -> jax.Array:
-    """Which rows of this step's block are its expert's."""
-    v = pl.program_id(1)
-    expert = visits.expert_V[v]
-    row = visits.block_V[v] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    return (row >= visits.start_E[expert]) & (row < visits.end_E[expert])

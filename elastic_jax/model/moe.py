@@ -37,17 +37,6 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
 
     weights = {name: _weights(own, x_NxD.dtype) for name, own in params.items() if name.startswith('expert_')}
 
-    def network(rows_RxD: jax.Array, matmuls: Matmuls, weights: Weights) -> Outputs:
-        used = {}
-        hidden, used['expert_up'] = matmuls.into(rows_RxD, weights['expert_up'])
-        if mixer.activation == 'swiglu':
-            gate, used['expert_gate'] = matmuls.into(rows_RxD, weights['expert_gate'])
-            activation = jax.nn.silu(gate) * hidden
-        else:
-            activation = jnp.square(jax.nn.relu(hidden))
-        out, used['expert_down'] = matmuls.out_of(activation, weights['expert_down'])
-        return ((out, activation) if context.taps else (out,)), used
-
     axes = context.shards.of('experts_blocks')
     row_axes = tuple(axis for axis in axes if axis in context.shards.data)
     unit_axes = tuple(axis for axis in axes if axis not in row_axes)
@@ -58,21 +47,34 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
         own_NxK = gather_rows(ids_NxK, row_axes) - part_index(axes) * experts
         own_NxK = jnp.where((own_NxK >= 0) & (own_NxK < experts), own_NxK, experts)
     rows_NxD = gather_rows(enter(x_NxD, unit_axes), row_axes)
+    shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
+
+    def network(rows_RxD: jax.Array, matmuls: Matmuls, weights: Weights) -> Outputs:
+        used = {}
+        hidden, used['expert_up'] = matmuls.into(rows_RxD, weights['expert_up'])
+        if mixer.activation == 'swiglu':
+            gate, used['expert_gate'] = matmuls.into(rows_RxD, weights['expert_gate'])
+            activation = jax.nn.silu(gate) * hidden
+        else:
+            activation = jnp.square(jax.nn.relu(hidden))
+        # Weighed before the last matmul, whose output no gradient then asks for: remat computes it no second time.
+        weighed = (activation.astype(jnp.float32) * matmuls.of_pairs(shares_KxN)[:, None]).astype(activation.dtype)
+        out, used['expert_down'] = matmuls.out_of(weighed, weights['expert_down'])
+        if not context.taps:
+            return (out,), used
+        return (out, jnp.linalg.norm(out.astype(jnp.float32), axis=-1), activation), used
+
     differentiable = context.length_B is None  # with a cache nothing is trained
-    (out_KxNxD, *activations), summed = apply_experts(
+    (sum_NxD, *tapped), summed = apply_experts(
         rows_NxD, own_NxK.T, experts, corner, network, weights, differentiable, context.target, complete=not axes
     )
-    shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
-    # No matmul, of which XLA would hold K, too few for a tile, beside the last dimension; nor its sum, which is slower.
-    shared = [out_NxD.astype(jnp.float32) * share_N[:, None] for out_NxD, share_N in zip(out_KxNxD, shares_KxN, strict=True)]
-    sum_NxD = sum(shared).astype(out_KxNxD.dtype)
     y_NxD = leave(scatter_rows(sum_NxD, row_axes), unit_axes)
     aux = _load(ids_NxK, scores_NxE, context)
     if context.taps:
         shape = (batch, length, mixer.top_k)
-        norm_NxK = jnp.linalg.norm(out_KxNxD.astype(jnp.float32), axis=-1).T
-        aux |= {'expert_ids': ids_NxK.reshape(shape), 'expert_weights': weights_NxK.reshape(shape)}
-        aux |= {'expert_norms': norm_NxK.reshape(shape), 'expert_width': jnp.moveaxis(activations[0], 0, 1).reshape(*shape, -1)}
+        of_pair = lambda tap_KxN: jnp.moveaxis(tap_KxN, 0, 1).reshape(*shape, *tap_KxN.shape[2:])
+        aux |= {'expert_ids': ids_NxK.reshape(shape)}
+        aux |= dict(zip(('expert_norms', 'expert_width'), map(of_pair, tapped), strict=True))
     if mixer.shared_width:
         up, gate, down = (params.get(f'shared_{name}') for name in ('up', 'gate', 'down'))
         shared_axes = context.shards.of('shared_width_blocks')

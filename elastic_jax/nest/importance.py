@@ -43,7 +43,7 @@ def batch_sums(params: dict[str, Any], batch: dict[str, jax.Array], arch: Arch, 
             own['heads'] = total(jnp.sum(jnp.square(tap['heads'].astype(jnp.float32)), axis=-1))
         own |= {axis: total(jnp.abs(tap[axis])) for axis in _channel_axes(tap)}
         if 'expert_ids' in tap:
-            own |= expert_sums(tap['expert_ids'], tap['expert_weights'], tap['expert_norms'], real_BxT, _experts(arch, name))
+            own |= expert_sums(tap['expert_ids'], tap['expert_norms'], real_BxT, _experts(arch, name))
             pairs = jax.nn.one_hot(tap['expert_ids'], _experts(arch, name)) * real_BxT[..., None, None]
             own['expert_width'] = jnp.einsum('btke,btkf->ef', pairs, jnp.abs(tap['expert_width'].astype(jnp.float32)))
         sums[name] = own
@@ -67,10 +67,12 @@ def _experts(arch: Arch, name: str) -> int:
     return next(m.experts for i, m in enumerate(arch.mixers) if layer_name(i) == name)
 
 
-def expert_sums(ids: jax.Array, weights: jax.Array, norms: jax.Array, real: jax.Array, experts: int) -> dict[str, jax.Array]:
-    """REAP's sums for each expert [E]: gate · output norm over the tokens routed to it, and their number (arXiv 2510.13999)."""
+def expert_sums(ids: jax.Array, norms: jax.Array, real: jax.Array, experts: int) -> dict[str, jax.Array]:
+    """REAP's sums for each expert [E] over the tokens routed to it: the norms of its outputs, weighed by the gate, and their
+    number (arXiv 2510.13999).
+    """
     pairs = jax.nn.one_hot(ids, experts) * real[..., None, None]
-    routed = jnp.einsum('...ke,...k->...e', pairs, weights * norms)
+    routed = jnp.einsum('...ke,...k->...e', pairs, norms)
     over_tokens = tuple(range(ids.ndim - 1))
     return {'saliency': routed.sum(over_tokens), 'routed': pairs.sum((*over_tokens, ids.ndim - 1))}
 

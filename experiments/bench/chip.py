@@ -10,8 +10,9 @@ the program (`estimated_cycles`); it has none for kernels. The compiler simulate
 matmuls and for on-chip memory: libtpu's static profile, in a process of its own for each kernel. It takes what data decides as
 not done, and so skips every block of splash attention: that kernel is profiled as it is, and once more with all blocks done at a
 smaller size, and the blocks on and below the diagonal are counted. Of a grid whose size is data it assumes a few steps: the
-experts' kernels are profiled for an eighth of experts and tokens, with as many visits as routing can ask for. XLA's own grouped
-matmul is such a kernel too, and is in no column. The head's matmuls are XLA's in either form, and counted with its kernels.
+experts' products are profiled with fixed numbers of visits and of steps in a visit, from which follows what random routing
+takes, and their weights' gradients for an eighth of the experts. XLA's own grouped matmul is such a kernel too, and is in no
+column. The head's matmuls are XLA's in either form, and counted with its kernels.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import SingleDeviceSharding
 
 from elastic_jax.hlo_cost import estimated_cycles
-from elastic_jax.model import flash, grouped, grouped_kernel
+from elastic_jax.model import flash, grouped
 from elastic_jax.model.attention import attend_causally
 from elastic_jax.model.collectives import Summed
 from elastic_jax.model.conv import causal_conv
@@ -44,7 +46,7 @@ from elastic_jax.model.conv_kernel import conv_silu_by_kernel
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_gradient import add_product, gradient_of, visits_of
-from elastic_jax.model.grouped_kernel import Corner, block_of, grid_of
+from elastic_jax.model.grouped_kernel import STEP, Corner, Grid, block_of, grid_of, multiply, product_of
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.kl_kernel import kl_and_gradient_by_kernel, top_and_sum_by_kernel
 from elastic_jax.model.losses import Students, kl_losses
@@ -52,7 +54,7 @@ from elastic_jax.model.norm import rms_norm
 from elastic_jax.model.ssd import ssd
 from elastic_jax.model.ssd_blocks import CHUNK
 from elastic_jax.model.ssd_kernel import ssd_by_kernel
-from elastic_jax.model.tiles import Chip
+from elastic_jax.model.tiles import ROW_TILE, Chip
 from elastic_jax.plan.chips import topology_devices
 from elastic_jax.plan.compiled import compile_with_text
 
@@ -60,7 +62,7 @@ GIB = 2**30
 CORES = {'v4': 2, 'v5p': 2}  # of a chip that the compiler gives one program; others have one
 BYTES = {'v5p': 2765 / 1.75, 'v6e': 1640 / 1.75}  # of memory a cycle: the published GB/s over GHz
 SMALL, HEADS = 4096, 2  # tokens and query heads of a KV head that blocks of attention are profiled at
-PARTS = 8  # of the experts, of which one is profiled
+PARTS = 8  # of the experts, of which the gradients of one are profiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +134,19 @@ def experts(length: int = 8192) -> Piece:
     """Gradients of the weights are in bfloat16; the kernels' sums, which a step takes as they are, are in float32."""
     pairs, weights = length * TOP_K, ((EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED), jnp.bfloat16)
 
-    def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, ids: jax.Array) -> jax.Array:
+    def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, shares: jax.Array, ids: jax.Array) -> jax.Array:
         def network(rows: jax.Array, matmuls: grouped.Matmuls, w: grouped.Weights) -> grouped.Outputs:
             hidden, _ = matmuls.into(rows, w['up'])
-            return (matmuls.out_of(jnp.square(jax.nn.relu(hidden)), w['down'])[0],), w
+            activation = jnp.square(jax.nn.relu(hidden)) * matmuls.of_pairs(shares).astype(hidden.dtype)[:, None]
+            return (matmuls.out_of(activation, w['down'])[0],), w
 
         w, target = {'up': Summed(up), 'down': Summed(down)}, Target(kernels=kernels)
         return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, w, target=target, complete=True)[0][0]
 
-    args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.int32))
+    args = (((length, EMBED), jnp.bfloat16), weights, weights, ((TOP_K, length), jnp.float32), ((TOP_K, length), jnp.int32))
     size = 2 * (3 * 2 * EXPERTS * WIDTH * EMBED + 6 * pairs * (EMBED + WIDTH))
-    out = ((TOP_K, length, EMBED), jnp.bfloat16)
-    return Piece(partial(form, False), partial(form, True), args, out, 3, 12 * pairs * WIDTH * EMBED, size)
+    out = ((length, EMBED), jnp.bfloat16)
+    return Piece(partial(form, False), partial(form, True), args, out, 4, 12 * pairs * WIDTH * EMBED, size)
 
 
 VOCAB, HEADS_OF, TOKENS = 131072, (2688, 2240, 1856), 1024  # the embedding of each budget; tokens of a chunk
@@ -205,21 +208,41 @@ def every_block(length: int) -> tuple[Callable[..., Any], list[tuple[tuple[int, 
     return run, [q, q, k, k, ((length,), jnp.int32)]
 
 
-def every_visit() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
-    """The three kernels of the experts, each once, for a part of experts and tokens, with all visits made."""
+def every_sum() -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """The experts' kernel of the weights' gradients, once, for a part of experts and tokens, with a visit to each expert."""
     count, rows = EXPERTS // PARTS, 8192 * TOP_K // PARTS
 
-    def run(rows_d: jax.Array, rows_f: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
-        grid = grid_of(sizes, rows)._replace(count=rows // block_of(rows, count) + count - 1)
-        _, sums = visits_of(grid.visits.start_E, grid.visits.end_E, rows)
-        into = grouped_kernel._product(CORNER, Chip(), rows_d, w, grid, into=True)
-        out = grouped_kernel._product(CORNER, Chip(), rows_f, w, grid, into=False)
-        gradient = gradient_of(rows_f, rows_d, count, sums, w.shape[:2], CORNER.place, Chip(), None, add_the_most)
-        return into, out, gradient
+    def run(rows_d: jax.Array, rows_f: jax.Array, start: jax.Array, end: jax.Array) -> Any:
+        _, sums = visits_of(start, end, rows)
+        blocks = count // PER_BLOCK, PER_BLOCK
+        return gradient_of(rows_f, rows_d, count, sums, blocks, CORNER.place, Chip(), None, add_the_most)
 
-    weights = (count // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
-    shapes = [(rows, EMBED), (rows, WIDTH), weights]
-    return run, [*((shape, jnp.bfloat16) for shape in shapes), ((count,), jnp.int32)]
+    of_expert = ((count,), jnp.int32)
+    return run, [((rows, EMBED), jnp.bfloat16), ((rows, WIDTH), jnp.bfloat16), of_expert, of_expert]
+
+
+def some_visits(visits: int, steps: int) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """The experts' two products, each once, with so many visits on each core, of so many steps."""
+    rows = 8192 * TOP_K
+
+    def run(sizes: jax.Array, rows_d: jax.Array, rows_f: jax.Array, w: jax.Array) -> Any:
+        grid = dataclasses.replace(routed(sizes, rows), count=visits)
+        kernel = partial(multiply_so_often, steps)
+        return [product_of(CORNER, Chip(), own, w, grid, into, kernel) for own, into in ((rows_d, True), (rows_f, False))]
+
+    weights = (EXPERTS // PER_BLOCK, PER_BLOCK, WIDTH, EMBED)
+    return run, [((EXPERTS,), jnp.int32), *((shape, jnp.bfloat16) for shape in ((rows, EMBED), (rows, WIDTH), weights))]
+
+
+def multiply_so_often(steps: int, visits: Any, rows: Any, w: Any, out: Any, *, depth: int, over: tuple[int, int]) -> None:
+    """A visit of the experts' products with nothing on a condition and its steps counted."""
+    first, last = visits.start_E[0], visits.end_E[0]
+    step = lambda n, _: multiply(first + n * STEP, first, last, rows, w, out, depth, over)
+    jax.lax.fori_loop(0, steps, step, None)
+
+
+def routed(sizes: jax.Array, rows: int) -> Grid:
+    return grid_of(sizes, rows, block_of(CORNER, rows, 2, Chip()))
 
 
 def add_the_most(visits: Any, rows_f: Any, rows_d: Any, onto: Any, out: Any, *, most: int, embed: int) -> None:
@@ -246,17 +269,35 @@ def head_cycles(topology: str, length: int = 8192) -> int:
     return length // TOKENS * ((1 + count) * of['top_and_sum'] + count * of['kl_and_gradient'])
 
 
-def expert_cycles(topology: str) -> int:
-    """Cycles of all of the experts' kernels: each is run twice, once for either matrix."""
-    kernels = kernels_of(compiled(topology, '', 'every visit')[1])
-    return 2 * PARTS * sum(simulated(topology, '', 'every visit', kernel) for kernel in kernels)
+def expert_cycles(topology: str, length: int = 8192) -> float:
+    """Cycles of all of the experts' kernels, with random routing: each is run twice, once for either matrix."""
+
+    def cycles(form: str) -> int:
+        return sum(simulated(topology, '', form, kernel) for kernel in kernels_of(compiled(topology, '', form)[1]))
+
+    few, more, longer = (cycles(f'visits {visits} {steps}') for visits, steps in ((8, 2), (16, 2), (16, 6)))
+    step, begin = (longer - more) / (16 * 4), 2 * few - more
+    visit = (more - few) / 8 - 2 * step
+    random = np.random.default_rng(0).random((length, EXPERTS))
+    sizes = np.bincount(np.argpartition(random, TOP_K)[:, :TOP_K].reshape(-1), minlength=EXPERTS)
+    grid = routed(jnp.asarray(sizes), length * TOP_K)
+    ends, starts = np.cumsum(sizes), np.cumsum(sizes) - sizes
+    parts = [
+        min(end, at + grid.block) - max(start, at) // ROW_TILE * ROW_TILE
+        for start, end in zip(starts, ends, strict=True)
+        for at in range(start // grid.block * grid.block, end, grid.block)
+    ]
+    products = begin + (len(parts) * visit + sum(-(-part // STEP) for part in parts) * step) / 2
+    return 2 * (products + PARTS * cycles('sums'))
 
 
 def program(name: str, form: str) -> tuple[Callable[..., Any], Sequence[tuple[tuple[int, ...], Any]]]:
     if form == 'every block':
         return every_block(SMALL)
-    if form == 'every visit':
-        return every_visit()
+    if form == 'sums':
+        return every_sum()
+    if form.startswith('visits '):
+        return some_visits(*map(int, form.split()[1:]))
     if form == 'one chunk':
         return one_chunk()
     piece = PIECES[name]

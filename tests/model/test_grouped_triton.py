@@ -31,7 +31,7 @@ def test_experts_and_their_gradients_are_the_loop_over_experts(width, embed):
         def form(x, w):
             own = Summed(w)
             network = lambda rows, matmuls: ((matmuls.out_of(matmuls.into(rows, own)[0], own)[0],), {})
-            return grouped._run_by_triton(x, ids.T, 4, corner, network, grouped.Fill(), interpret=True)[0][0][0]
+            return grouped._run_by_triton(x, ids.T, 4, corner, network, grouped.Fill(), interpret=True)[0][0]
 
         y, backward = jax.vjp(form, x, w)
         return y, *backward(weight)

@@ -88,15 +88,16 @@ def dense(x, ids, weights, stored, activation, corner=CORNER):
 TARGETS = {'here': Target('cpu'), 'kernels': Target('cpu', kernels=True)}
 
 
-def network_of(activation, rows, matmuls, w):
+def network_of(activation, shares, rows, matmuls, w):
     hidden, up = matmuls.into(rows, w['up'])
     gated, gate = matmuls.into(rows, w['gate']) if activation == 'swiglu' else (None, w['gate'])
-    out, down = matmuls.out_of(jax.nn.relu(hidden) ** 2 if gated is None else jax.nn.silu(gated) * hidden, w['down'])
+    hidden = jax.nn.relu(hidden) ** 2 if gated is None else jax.nn.silu(gated) * hidden
+    out, down = matmuls.out_of((hidden * matmuls.of_pairs(shares.T)[:, None]).astype(rows.dtype), w['down'])
     return (out,), {'up': up, 'gate': gate, 'down': down}
 
 
 def grouped_form(form, x, ids, weights, w, activation):
-    ids, w, network = ids.T, {name: Summed(own) for name, own in w.items()}, functools.partial(network_of, activation)
+    ids, w, network = ids.T, {name: Summed(own) for name, own in w.items()}, functools.partial(network_of, activation, weights)
     own = lambda rows, matmuls: network(rows, matmuls, w)
     if form in TARGETS:
         (out,), _ = grouped.apply_experts(x, ids, EXPERTS, CORNER, network, w, target=TARGETS[form])
@@ -108,7 +109,7 @@ def grouped_form(form, x, ids, weights, w, activation):
         (out,), _ = grouped._run(
             x, ids, grouped.block_plan(ids, EXPERTS, block=4), CORNER, grouped._block_matmul, own, grouped.Fill()
         )
-    return jnp.einsum('knd,nk->nd', out, weights)
+    return out
 
 
 @functools.cache
@@ -155,15 +156,17 @@ def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation
 
 
 @pytest.mark.parametrize(
-    ('width', 'embed', 'sizes', 'rows'),
+    ('width', 'embed', 'sizes', 'rows', 'block', 'memory'),
     [
-        (200, 300, [70, 0, 130, 7], 256),
-        (264, 128, [0, 64, 63, 0], 128),
-        (256, 320, [70, 0, 130, 7], 256),
-        (24, 40, [1500, 0, 2501, 90], 4096),
+        (200, 300, [70, 0, 130, 7], 256, 64, 0),  # both halves; columns in several tiles
+        (264, 128, [0, 64, 63, 0], 128, 64, 2**20),
+        (256, 320, [40, 0, 3, 7], 256, 128, 2**20),  # the second half has nothing to do
+        (24, 40, [1500, 0, 2501, 90], 4096, 1024, 2**20),  # experts of several blocks, over the middle
+        (24, 40, [5, 0, 1, 0], 384, 192, 2**20),
+        (24, 40, [0, 0, 0, 0], 128, 64, 2**20),
     ],
 )
-def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, rows):
+def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, rows, block, memory):
     """Blocks of few and of many rows; widths that no tile divides, of stored ones that none divides, by numpy in float64.
 
     What is not used is no number.
@@ -173,8 +176,8 @@ def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, row
     w = np.full((2, 3, 264, 320), np.nan, np.float32)
     w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
     rows_d, rows_f = (rng.normal(size=(rows, own)).astype(np.float32) for own in (embed, width))
-    grid = grid_of(np.asarray(sizes, np.int32), rows)
-    run = jax.jit(lambda rows, w, form: form(corner, Chip(interpret=True), True, rows, w, w, grid)[0], static_argnames='form')
+    grid, chip = grid_of(jnp.asarray(sizes, jnp.int32), rows, block), Chip(memory, interpret=True)
+    run = jax.jit(lambda rows, w, form: form(corner, chip, True, rows, w, w, grid)[0], static_argnames='form')
     expert = np.repeat(np.arange(4), sizes)
     own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
     into = np.einsum('rd,rfd->rf', rows_d[: len(expert)], own)
@@ -241,10 +244,10 @@ def test_one_sum_takes_the_gradients_of_all_users_of_the_experts(activation):
         w, loss = {name: fetch_summed(own, (), 0, dtype) for name, own in stored.items()}, 0.0
         for n, (corner, x, ids, weights, grad) in enumerate(users):
             own = {name: dataclasses.replace(own, last=n == len(users) - 1) for name, own in w.items()}
-            network = functools.partial(network_of, activation)
+            network = functools.partial(network_of, activation, weights)
             experts = 2 * corner.experts
             (out,), w = grouped.apply_experts(x.astype(dtype), ids.T, experts, corner, network, own, target=TARGETS['kernels'])
-            loss += jnp.vdot(jnp.einsum('knd,nk->nd', out.astype(jnp.float32), weights), grad)
+            loss += jnp.vdot(out.astype(jnp.float32), grad)
         return loss
 
     def densely(stored):
@@ -274,20 +277,27 @@ def test_where_nothing_is_trained_experts_run_in_turn(tokens):
     """Blocks of one, one and four rows; experts that are unused, and pairs (of id 6) whose expert is elsewhere."""
     rng = np.random.default_rng(tokens)
     up, down = rng.normal(size=(2, *STORED)).astype(np.float32)
-    matrices = [Summed(jnp.asarray(w)) for w in (up, down)]
-    network = lambda rows, matmuls: ((matmuls.out_of(matmuls.into(rows, matrices[0])[0], matrices[1])[0], rows), {})
+    matrices, numbers = [Summed(jnp.asarray(w)) for w in (up, down)], rng.normal(size=(2, tokens)).astype(np.float32)
+
+    def network(rows, matmuls):
+        out = matmuls.out_of(matmuls.into(rows, matrices[0])[0], matrices[1])[0]
+        return (out, out, rows, matmuls.of_pairs(numbers)), {}
+
     own = [np.concatenate(list(w[:, :3, :5, :7])) for w in (up, down)]
     for _ in range(5):
         x, ids = (
             rng.normal(size=(tokens, 7)).astype(np.float32),
             rng.integers(0, 7, (tokens, 2)) * rng.integers(0, 2, (tokens, 2)),
         )
-        out, rows = (jnp.swapaxes(u, 0, 1) for u in in_turn_jit(x, ids.T, EXPERTS, CORNER, network))
+        total, *of_pair = in_turn_jit(x, ids.T, EXPERTS, CORNER, network)
+        out, rows, own_numbers = (jnp.swapaxes(u, 0, 1) for u in of_pair)
         present = (ids < 6)[..., None]
         hidden = np.einsum('nd,nkfd->nkf', x, own[0][np.minimum(ids, 5)])
         expected = np.where(present, np.einsum('nkf,nkfd->nkd', hidden, own[1][np.minimum(ids, 5)]), 0)
         np.testing.assert_allclose(out, expected, atol=5e-5)
+        np.testing.assert_allclose(total, expected.sum(1), atol=1e-4)
         np.testing.assert_allclose(rows, np.where(present, x[:, None], 0), atol=1e-6)
+        np.testing.assert_array_equal(own_numbers, np.where(ids < 6, numbers.T, 0))
 
 
 plan_jit = jax.jit(grouped.block_plan, static_argnames=('experts', 'block'))

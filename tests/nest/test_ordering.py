@@ -52,7 +52,7 @@ def test_reap_worked_example():
     ids = np.asarray([[0, 1], [0, 2]])
     weights = np.asarray([[0.6, 0.4], [0.5, 0.5]], np.float32)
     norms = np.asarray([[3.0, 2.0], [1.0, 4.0]], np.float32)
-    sums = importance.expert_sums(ids, weights, norms, np.ones(2, np.float32), 4)
+    sums = importance.expert_sums(ids, weights * norms, np.ones(2, np.float32), 4)
     saliency = sums['saliency'] / np.maximum(sums['routed'], 1.0)
     np.testing.assert_allclose(saliency, [1.15, 0.8, 2.0, 0.0], rtol=1e-6)
 
