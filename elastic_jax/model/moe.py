@@ -50,15 +50,15 @@ def moe(params: dict[str, jax.Array], x_BxTxD: jax.Array, mixer: MoE, context: C
     shares_KxN = gather_rows(enter(weights_NxK, unit_axes), row_axes).T
 
     def network(rows_RxD: jax.Array, matmuls: Matmuls, weights: Weights) -> Outputs:
-        used = {}
+        used, dtype, wide = {}, rows_RxD.dtype, lambda u: u.astype(jnp.float32)  # so XLA fuses all gradients of what follows
         hidden, used['expert_up'] = matmuls.into(rows_RxD, weights['expert_up'])
         if mixer.activation == 'swiglu':
             gate, used['expert_gate'] = matmuls.into(rows_RxD, weights['expert_gate'])
-            activation = jax.nn.silu(gate) * hidden
+            activation = jax.nn.silu(wide(gate)) * wide(hidden)
         else:
-            activation = jnp.square(jax.nn.relu(hidden))
+            activation = jnp.square(jax.nn.relu(wide(hidden)))
         # Weighed before the last matmul, whose output no gradient then asks for: remat computes it no second time.
-        weighed = (activation.astype(jnp.float32) * matmuls.of_pairs(shares_KxN)[:, None]).astype(activation.dtype)
+        weighed = (activation * matmuls.of_pairs(shares_KxN)[:, None]).astype(dtype)
         out, used['expert_down'] = matmuls.out_of(weighed, weights['expert_down'])
         if not context.taps:
             return (out,), used

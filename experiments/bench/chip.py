@@ -137,8 +137,8 @@ def experts(length: int = 8192) -> Piece:
     def form(kernels: bool, x: jax.Array, up: jax.Array, down: jax.Array, shares: jax.Array, ids: jax.Array) -> jax.Array:
         def network(rows: jax.Array, matmuls: grouped.Matmuls, w: grouped.Weights) -> grouped.Outputs:
             hidden, _ = matmuls.into(rows, w['up'])
-            activation = jnp.square(jax.nn.relu(hidden)) * matmuls.of_pairs(shares).astype(hidden.dtype)[:, None]
-            return (matmuls.out_of(activation, w['down'])[0],), w
+            activation = jnp.square(jax.nn.relu(hidden.astype(jnp.float32))) * matmuls.of_pairs(shares)[:, None]
+            return (matmuls.out_of(activation.astype(hidden.dtype), w['down'])[0],), w
 
         w, target = {'up': Summed(up), 'down': Summed(down)}, Target(kernels=kernels)
         return grouped.apply_experts(x, ids, EXPERTS, CORNER, network, w, target=target, complete=True)[0][0]
