@@ -22,8 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import chip
 import jax
+from chip import GIB
+from chip_pieces import PIECES, Piece, both_ways
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
@@ -53,11 +54,11 @@ OURS = re.compile(r'\.entry (flash|ssd|experts)_')  # in PTX
 
 def kernel_of(name: str) -> Callable[..., Any]:
     """The GPU's kernels for one of chip.py's pieces."""
-    form = chip.PIECES[name].plain
+    form = PIECES[name].plain
     return KERNELS[name.split()[0]] if name.split()[0] in KERNELS else partial(form.func, True)
 
 
-def compiled(form: Callable[..., Any], piece: chip.Piece) -> tuple[float, float, list[str]]:
+def compiled(form: Callable[..., Any], piece: Piece) -> tuple[float, float, list[str]]:
     """(GiB of temporary memory, TFLOP of XLA's matmuls, what became of each kernel)."""
     jax.config.update('jax_platforms', 'cpu')
     (device,) = topologies.get_topology_desc(topology_name='', platform='cuda', target_config=H100, topology='1x1x1').devices
@@ -65,11 +66,11 @@ def compiled(form: Callable[..., Any], piece: chip.Piece) -> tuple[float, float,
     # Newer versions of JAX ask the mesh which GPU its Triton code is for.
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform='gpu')
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
-        lowered = jax.jit(chip.both_ways(form, piece)).lower(*args)
+        lowered = jax.jit(both_ways(form, piece)).lower(*args)
     with tempfile.TemporaryDirectory() as folder:
         program = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_emitter_re': '.*'})
         kernels = sorted(assembled(path) for path in Path(folder).glob('*.ptx') if OURS.search(path.read_text()))
-    return program.memory_analysis().temp_size_in_bytes / chip.GIB, matmul_flops(program.as_text()) / 1e12, kernels
+    return program.memory_analysis().temp_size_in_bytes / GIB, matmul_flops(program.as_text()) / 1e12, kernels
 
 
 def assembled(path: Path) -> str:
@@ -87,13 +88,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--pieces', default='', help='only pieces whose name begins so')
     wanted = parser.parse_args().pieces
-    names = [name for name in chip.PIECES if name.startswith(('attention', 'ssd', 'experts')) and name.startswith(wanted)]
+    names = [name for name in PIECES if name.startswith(('attention', 'ssd', 'experts')) and name.startswith(wanted)]
     if not names:
         raise SystemExit(f'no piece begins with {wanted!r}; there are attention, ssd and experts')
     print('| piece | TFLOP needed | XLA TFLOP | GiB | kernels GiB | kernels: registers / bytes spilled |')
     print('|---|---:|---:|---:|---:|---|')
     for name in names:
-        piece = chip.PIECES[name]
+        piece = PIECES[name]
         plain_gib, flops, _ = compiled(piece.plain, piece)
         gib, _, kernels = compiled(kernel_of(name), piece)
         print(

@@ -15,11 +15,9 @@ from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
 from elastic_jax.model.collectives import Summed, fetch_summed
 from elastic_jax.model.context import Context
-from elastic_jax.model.grouped_gradient import weight_gradient
-from elastic_jax.model.grouped_kernel import Corner, grid_of, into_experts, out_of_experts
+from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.moe import moe, route
-from elastic_jax.model.tiles import Chip
 from tests.model import oracle
 from tests.tiny import numpy_params
 
@@ -155,78 +153,6 @@ def test_grouped_matmuls_and_their_gradients_are_the_dense_ones(form, activation
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), found, expected)
 
 
-@pytest.mark.parametrize(
-    ('width', 'embed', 'sizes', 'rows', 'block', 'memory'),
-    [
-        (200, 300, [70, 0, 130, 7], 256, 64, 0),  # both halves; columns in several tiles
-        (264, 128, [0, 64, 63, 0], 128, 64, 2**20),
-        (256, 320, [40, 0, 3, 7], 256, 128, 2**20),  # the second half has nothing to do
-        (24, 40, [1500, 0, 2501, 90], 4096, 1024, 2**20),  # experts of several blocks, over the middle
-        (24, 40, [5, 0, 1, 0], 384, 192, 2**20),
-        (24, 40, [0, 0, 0, 0], 128, 64, 2**20),
-    ],
-)
-def test_kernels_of_several_tiles_read_the_corner_alone(width, embed, sizes, rows, block, memory):
-    """Blocks of few and of many rows; widths that no tile divides, of stored ones that none divides, by numpy in float64.
-
-    What is not used is no number.
-    """
-    rng = np.random.default_rng(4)
-    corner = Corner(2, width, embed)
-    w = np.full((2, 3, 264, 320), np.nan, np.float32)
-    w[:, :2, :width, :embed] = rng.normal(size=(2, 2, width, embed))
-    rows_d, rows_f = (rng.normal(size=(rows, own)).astype(np.float32) for own in (embed, width))
-    grid, chip = grid_of(jnp.asarray(sizes, jnp.int32), rows, block), Chip(memory, interpret=True)
-    run = jax.jit(lambda rows, w, form: form(corner, chip, True, rows, w, w, grid)[0], static_argnames='form')
-    expert = np.repeat(np.arange(4), sizes)
-    own = np.concatenate(list(w[:, :2, :width, :embed])).astype(np.float64)[expert]
-    into = np.einsum('rd,rfd->rf', rows_d[: len(expert)], own)
-    np.testing.assert_allclose(run(rows_d, w, into_experts)[: len(expert)], into, atol=1e-4)
-    out = np.einsum('rf,rfd->rd', rows_f[: len(expert)], own)
-    np.testing.assert_allclose(run(rows_f, w, out_of_experts)[: len(expert)], out, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ('sizes', 'rows'),
-    [([700, 0, 1100, 3, 16], 2048), ([0, 0, 512, 513, 0], 1152), ([5, 250, 128, 0, 1], 384), ([0, 0, 0, 0, 0], 128)],
-)
-def test_gradients_of_experts_are_sums_over_their_rows_however_many(sizes, rows):
-    """Of many visits, one, or none; beginning inside a tile; by numpy in float64. What belongs to nobody is no number."""
-    rng = np.random.default_rng(5)
-    rows_f, rows_d = (rng.normal(size=(rows, width)).astype(np.float32) for width in (24, 200))
-    ends = np.cumsum(sizes)
-    for own in (rows_f, rows_d):
-        own[ends[-1] :] = np.nan
-    found = gradient_jit(rows_f, rows_d, jnp.asarray(ends - sizes), jnp.asarray(ends))
-    for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-        own = slice(end - size, end)
-        expected = rows_f[own].astype(np.float64).T @ rows_d[own]
-        np.testing.assert_allclose(found[expert, 0], expected, atol=2e-4, err_msg=str(expert))
-
-
-@pytest.mark.parametrize(
-    ('stored', 'width', 'embed'),
-    [((2, 3, 28, 300), 24, 200), ((2, 2, 24, 256), 24, 256), ((2, 2, 9, 7), 6, 5)],
-)
-def test_gradients_of_experts_are_added_in_place_to_a_larger_array(stored, width, embed):
-    """To the corner that is used; all else stays as it is. Several tiles, of which the last is not whole, by numpy in float64."""
-    rng, sizes, rows = np.random.default_rng(6), np.asarray([70, 0, 30, 20]), 128
-    onto = rng.normal(size=stored).astype(np.float32)
-    rows_f, rows_d = (rng.normal(size=(rows, own)).astype(np.float32) for own in (width, embed))
-    ends, expected = np.cumsum(sizes), onto.astype(np.float64)
-    for own in (rows_f, rows_d):
-        own[ends[-1] :] = np.nan
-    for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-        own = slice(end - size, end)
-        expected[expert // 2, expert % 2, :width, :embed] += rows_f[own].astype(np.float64).T @ rows_d[own]
-    run = functools.partial(weight_gradient, blocks=(2, 2), place=Corner(2, width, embed).place, chip=Chip(0, interpret=True))
-    found = jax.jit(run)(rows_f, rows_d, jnp.asarray(ends - sizes), jnp.asarray(ends), onto=onto)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    outside = np.ones(stored, bool)
-    outside[:, :2, :width, :embed] = False
-    np.testing.assert_array_equal(np.asarray(found)[outside], onto[outside])
-
-
 @pytest.mark.parametrize('activation', ['swiglu', 'relu2'])
 def test_one_sum_takes_the_gradients_of_all_users_of_the_experts(activation):
     """Two corners of which neither holds the other, one after the other, in float32 though the weights are in bfloat16: its
@@ -262,11 +188,6 @@ def test_one_sum_takes_the_gradients_of_all_users_of_the_experts(activation):
         own = rounded[name]
         assert np.any(own != own.astype(jnp.bfloat16).astype(jnp.float32)), f'{name} was summed in bfloat16'
         np.testing.assert_allclose(own, expected[name], atol=3e-2 * np.abs(expected[name]).max())
-
-
-gradient_jit = jax.jit(
-    functools.partial(weight_gradient, blocks=(5, 1), place=lambda expert: (expert, 0), chip=Chip(memory=0, interpret=True))
-)
 
 
 in_turn_jit = jax.jit(grouped._run_in_turn, static_argnames=('experts', 'corner', 'network'))
