@@ -54,7 +54,7 @@ def make_grid(
       per_layer: the axes that every block chooses for itself.
       multiple: rounds shares of channel axes to a multiple of it (times G where the axis is blocked): the tile of the chip.
         Where the parent's own width holds fewer than FEW of them, it does not count: so small a model is not bound by tiles.
-    Raises: UserError for an unknown axis, an axis the parent does not have, or a width that does not nest.
+    Raises: UserError for an unknown axis, one the parent does not have or blocks cannot choose, or a width that does not nest.
     """
     own = [axis.name for axis in parent.axes()]
     grid = []
@@ -63,6 +63,8 @@ def make_grid(
             raise UserError(unknown_name('axis in choices', name, own))
         if name not in choices:
             raise UserError(f'axis {name!r} is to be chosen per layer, but has no choices; add it to them')
+        if name in per_layer and AXES[name].kind is None:
+            raise UserError(f'axis {name!r} is one for all blocks and cannot be chosen per layer; take it out of per_layer')
     for name, values in choices.items():
         by_block = parent.layer_widths(name)
         full = {'embed': parent.embed, 'layers': parent.layers}.get(name) or max(by_block.values())
@@ -70,7 +72,7 @@ def make_grid(
         widths = sorted({_width(name, value, full, step) for value in values} | {full}, reverse=True)
         for width in widths:
             layout.check(parent.narrow(fitted(parent, name, width)))
-        grid.append(AxisChoices(name, tuple(widths), tuple(by_block), name in per_layer and AXES[name].kind is not None))
+        grid.append(AxisChoices(name, tuple(widths), tuple(by_block), name in per_layer))
     return tuple(grid)
 
 

@@ -195,6 +195,7 @@ def test_shares_are_rounded_to_the_layout_and_the_tile():
     [
         ({'mpl': (1.0,)}, (), "unknown axis in choices 'mpl'; did you mean 'mlp'"),
         ({'embed': (1.0,)}, ('mlp',), "'mlp' is to be chosen per layer, but has no choices"),
+        ({'embed': (1.0,)}, ('embed',), "'embed' is one for all blocks and cannot be chosen per layer"),
         ({'embed': (1.5,)}, (), 'a share is at most 1.0'),
         ({'embed': (64,)}, (), 'embed=64 does not nest: the parent has 32'),
         ({'mlp': (47,)}, (), 'mlp@3=47 is not a multiple'),
