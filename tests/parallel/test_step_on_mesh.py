@@ -16,11 +16,11 @@ from tests.parallel.meshes import BUDGETS, EVERY, LAYOUT, WEIGHTS, inputs, mesh_
 from tests.tiny import HYBRID
 
 
-def close(expected, found, what):
-    """Equal to 1e-5 of the largest entry of each leaf."""
+def close(expected, found, what, tolerance=1e-5):
+    """Equal to `tolerance` of the largest entry of each leaf."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
         name = f'{what}{jax.tree_util.keystr(path)}'
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-12, err_msg=name)
+        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max() + 1e-12, err_msg=name)
 
 
 def run(make_loss, config, place, params, teacher, batch):
@@ -90,7 +90,7 @@ def search_step(mesh_name):
     search = SearchConfig(grid, targets, measure, Anneal(), 10)
     router = init_router(jax.random.key(3), grid, 2)
     config = StepConfig(LAYOUT, chunk=5, mesh=None if mesh_name is None else mesh)
-    sgd = optax.sgd(64.0)  # large, so that the gradient is read off the change without rounding
+    sgd = optax.sgd(2.0**16)  # large, so that the gradient is read off the change without rounding
     state = place.make(lambda p, r: new_state(p, sgd, r, sgd), place.put(params), router)
     step = make_search_step(HYBRID, search, sgd, sgd, config)
     arguments = (np.asarray([0, 1], np.int32), jax.random.key_data(jax.random.key(7)))
@@ -100,4 +100,6 @@ def search_step(mesh_name):
 
 
 def test_search_gradients_of_parameters_and_router_are_the_same():
-    close(search_step(None), search_step('all'), 'search')
+    # The gradient of the first block's decays is a sum that cancels: on one device and on meshes, in two forms of the experts,
+    # any two of six programs differ there by 2e-6 to 1.6e-5, and by less than 5e-6 everywhere else.
+    close(search_step(None), search_step('all'), 'search', tolerance=3e-5)
