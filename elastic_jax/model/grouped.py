@@ -162,14 +162,15 @@ def _run_in_turn(
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
     used_first_E = jnp.argsort(sizes_E == 0, stable=True)
     rows_RxD = jnp.pad(_dispatch(Fill(), x_NxD, plan), ((0, block), (0, 0)))
+    pair_of_row = jnp.pad(plan.pair_of_row, (0, block), constant_values=pairs)
 
     def by(expert: jax.Array, start: jax.Array | int) -> Matmuls:
         its = lambda own: jax.lax.dynamic_index_in_dim(corner.of(own.w), expert, keepdims=False)
-        own_of = lambda all_R: jax.lax.dynamic_slice_in_dim(jnp.pad(all_R, (0, block)), start, block)
+        own_pairs = jax.lax.dynamic_slice_in_dim(pair_of_row, start, block)
         return Matmuls(
             into=lambda rows, own: (rows @ its(own).T, own),
             out_of=lambda rows, own: (rows @ its(own), own),
-            of_pairs=lambda pairs_KxN: own_of(_of_pairs(Fill(), plan, pairs_KxN)),
+            of_pairs=lambda pairs_KxN: _take(pairs_KxN.reshape(-1), own_pairs, fill=True),
         )
 
     def of_expert(i: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

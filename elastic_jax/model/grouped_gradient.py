@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elastic_jax.model.tiles import MEMORY, ROW_TILE, SUBLANES, Chip, dot, even_tile, whole
+from elastic_jax.model.tiles import MEMORY, ROW_TILE, SUBLANES, Chip, dot, tile_of, whole
 
 MOST = 512  # rows of a visit
 DEPTHS = (256, 384, MOST)  # rows that are multiplied: the fewest that hold a visit's
@@ -87,7 +87,7 @@ def gradient_of(
     height, most = whole(width, stored_width, SUBLANES), min(MOST, rows)
     # Results, what they are added to, and rows: twice, as copies of the next ones overlap.
     of_result, of_row = (8 if onto is None else 16), 2 * rows_RxF.dtype.itemsize
-    tile = even_tile(embed, stored_embed, of_result * height + of_row * most, chip.memory - of_row * most * width)
+    tile = tile_of(embed, stored_embed, of_result * height + of_row * most, chip.memory - of_row * most * width, times=2)
     read = lambda visits, v: visits.tile_V[v] * ROW_TILE
     padding = -embed % tile
     if chip.interpret:  # which does not pad where results are aliased; a chip reads there whatever it finds

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from elastic_jax.model.grouped_gradient import weight_gradient
-from elastic_jax.model.tiles import LANES, MEMORY, ROW_TILE, Chip, dot, whole
+from elastic_jax.model.tiles import LANES, MEMORY, ROW_TILE, Chip, dot, tile_of, whole
 
 ROWS = 128  # their number is a multiple
 BLOCKS = (1024, 512, 256, 128, 64)  # rows of a block
@@ -149,7 +149,7 @@ def product_of(
     stored_width, stored_embed = w_GxExFxD.shape[2:]
     columns, stored = (corner.width, stored_width) if into else (corner.embed, stored_embed)
     other = whole(depth, stored_embed, LANES) if into else whole(depth, stored_width, ROW_TILE)
-    tile = _columns_of(columns, stored, 2 * other * w_GxExFxD.dtype.itemsize, chip.memory // 2)
+    tile = tile_of(columns, stored, 2 * other * w_GxExFxD.dtype.itemsize, chip.memory // 2)
     if into:
         shape, place, over = (tile, other), lambda n: (n, 0), (1, 1)
     else:
@@ -174,14 +174,6 @@ def product_of(
         name='experts_into' if into else 'experts_out',
     )
     return call(grid.visits, rows_RxC, w_GxExFxD)
-
-
-def _columns_of(columns: int, stored: int, bytes_of_one: int, most: int) -> int:
-    """Columns at a time: all if there is room for them, or even parts in whole lanes."""
-    parts = 1
-    while (tile := -(-columns // (parts * LANES)) * LANES) * bytes_of_one > most and tile > LANES:
-        parts += 1
-    return whole(columns, stored, LANES) if parts == 1 else tile
 
 
 def multiply_rows(visits: Visits, rows, w, out, *, depth: int, over: tuple[int, int]) -> None:

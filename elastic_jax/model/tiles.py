@@ -40,11 +40,9 @@ def whole(size: int, stored: int, tile: int) -> int:
     return min(stored, -(-size // tile) * tile)
 
 
-def even_tile(size: int, stored: int, bytes_of_one: int, most: int) -> int:
-    """Columns at a time: of `size`, in whole lanes, an even number of times, that two cores have as much to do."""
-    if size <= LANES:
-        return whole(size, stored, LANES)
-    parts = 2
+def tile_of(size: int, stored: int, bytes_of_one: int, most: int, times: int = 1) -> int:
+    """Columns at a time: of `size`, in whole lanes, in a multiple of `times` parts: 2 where two cores share them."""
+    parts = times
     while (tile := -(-size // (parts * LANES)) * LANES) * bytes_of_one > most and tile > LANES:
-        parts += 2
-    return tile
+        parts += times
+    return whole(size, stored, LANES) if parts == 1 or size <= LANES else tile

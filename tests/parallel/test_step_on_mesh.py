@@ -16,11 +16,11 @@ from tests.parallel.meshes import BUDGETS, EVERY, LAYOUT, WEIGHTS, inputs, mesh_
 from tests.tiny import HYBRID
 
 
-def close(expected, found, what, tolerance=1e-5):
-    """Equal to `tolerance` of the largest entry of each leaf."""
+def close(expected, found, what, tolerance=lambda name: 1e-5):
+    """Equal to 1e-5 of the largest entry of each leaf, or what `tolerance` says."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
         name = f'{what}{jax.tree_util.keystr(path)}'
-        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max() + 1e-12, err_msg=name)
+        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance(name) * np.abs(a).max() + 1e-12, err_msg=name)
 
 
 def run(make_loss, config, place, params, teacher, batch):
@@ -102,4 +102,5 @@ def search_step(mesh_name):
 def test_search_gradients_of_parameters_and_router_are_the_same():
     # The gradient of the first block's decays is a sum that cancels: on one device and on meshes, in two forms of the experts,
     # any two of six programs differ there by 2e-6 to 1.6e-5, and by less than 5e-6 everywhere else.
-    close(search_step(None), search_step('all'), 'search', tolerance=3e-5)
+    tolerance = lambda name: 3e-5 if name.endswith("['layer_000']['a_log']") else 1e-5
+    close(search_step(None), search_step('all'), 'search', tolerance)
