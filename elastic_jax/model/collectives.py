@@ -13,13 +13,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-from elastic_jax.model.tiles import LANES
 
 Axes = tuple[str, ...]
-# What is sent for parameters carries this name in compiled programs and profiles; all else is activations.
-FETCH = 'fetch_parameters'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +35,6 @@ class Shards:
 
 
 WHOLE = Shards()
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=['w', 'total'], meta_fields=['last'])
-@dataclasses.dataclass(frozen=True)
-class Summed:
-    """A parameter that several budgets use a part of, one after the other.
-
-    Attributes:
-      w: it, whole, in the dtype of the matmuls.
-      total: its gradient's place: float32 of w's shape, which nobody reads. A use may give its part of the gradient to that, on
-        top of what the uses after it gave, and returns it for the next one; all others give it to w.
-      last: whether no other use follows, which means in the backward pass that it is the first and there is nothing to add to.
-    """
-
-    w: jax.Array
-    total: jax.Array | None = None
-    last: bool = True
 
 
 def enter(x: Any, axes: Axes) -> Any:
@@ -93,80 +71,6 @@ def total(x: Any, axes: Axes) -> Any:
 def part_index(axes: Axes) -> jax.Array | int:
     """Which part of what is split over `axes` this device has; the first axis counts most."""
     return jax.lax.axis_index(axes) if axes else 0
-
-
-def fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
-    """A parameter in `dtype`, whole along `dim`, from the parts on `axes`; its gradient is reduced to those parts in float32.
-
-    One mesh axis at a time: a gather over a whole torus compiles to an all-reduce of the full size.
-    """
-    return _fetch(w, axes, dim, dtype) if axes else w
-
-
-def fetch_summed(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> Summed:
-    """`fetch`, also of what is whole here, with a place in float32 for the sum of its users' gradients."""
-    return Summed(*_fetch_summed(w, axes, dim, dtype))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _fetch(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
-    with jax.named_scope(FETCH):
-        shape, at = _in_lanes(w.shape, dim)
-        part = w.astype(dtype).reshape(shape)
-        for axis in reversed(axes):
-            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
-        return part.reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
-
-
-def _fetch_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.Array, Any]:
-    return _fetch(w, axes, dim, dtype), jnp.zeros((0,), w.dtype)
-
-
-def _fetch_backward(axes: Axes, dim: int, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    with jax.named_scope(FETCH):
-        shape, at = _in_lanes(grad.shape, dim)
-        part = grad.astype(jnp.promote_types(like.dtype, jnp.float32)).reshape(shape)
-        for axis in axes:
-            part = jax.lax.psum_scatter(part, axis, scatter_dimension=at, tiled=True)
-        return (part.reshape(*grad.shape[:dim], -1, *grad.shape[dim + 1 :]).astype(like.dtype),)
-
-
-_fetch.defvjp(_fetch_forward, _fetch_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _fetch_summed(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    whole = _fetch(w, axes, dim, dtype)
-    return whole, jnp.zeros(whole.shape, jnp.float32)
-
-
-def _fetch_summed_forward(w: jax.Array, axes: Axes, dim: int, dtype: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    return _fetch_summed(w, axes, dim, dtype), jnp.zeros((0,), w.dtype)
-
-
-def _fetch_summed_backward(
-    axes: Axes, dim: int, dtype: Any, like: jax.Array, grads: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array]:
-    grad, total = grads
-    return _fetch_backward(axes, dim, dtype, like, total + grad.astype(jnp.float32))
-
-
-_fetch_summed.defvjp(_fetch_summed_forward, _fetch_summed_backward)
-
-
-def _in_lanes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:
-    """`shape` with what is beside `dim` merged until a last dimension fills a TPU's lanes, and where `dim` then is.
-
-    Arrays are stored and sent in whole tiles of the last two dimensions, of which heads of 64 channels would fill a half.
-    """
-
-    def merged(dims: tuple[int, ...]) -> tuple[int, ...]:
-        while len(dims) > 2 and dims[-1] < LANES:
-            dims = (*dims[:-2], dims[-2] * dims[-1])
-        return dims
-
-    before, after = merged(shape[:dim]), merged(shape[dim + 1 :])
-    return (*before, shape[dim], *after), len(before)
 
 
 def gather_rows(x: jax.Array, axes: Axes) -> jax.Array:

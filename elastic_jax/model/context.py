@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elastic_jax.model.collectives import WHOLE, Shards, Summed
+from elastic_jax.model.collectives import WHOLE, Shards
+from elastic_jax.model.fetch import Summed
 from elastic_jax.model.kernels import ANYWHERE, Target
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model import grouped_triton
-from elastic_jax.model.collectives import Summed, fetch_summed
+from elastic_jax.model.fetch import Summed, Way, fetch_summed
 from elastic_jax.model.grouped_kernel import ROWS, Corner, block_of, grid_of, into_experts, out_of_experts
 from elastic_jax.model.kernels import ANYWHERE, Target, by_kernel, by_platform
 from elastic_jax.model.tiles import Chip
@@ -125,7 +125,7 @@ def _run_by_kernel(
 
     def one_way(form: Callable[..., tuple[jax.Array, jax.Array]]) -> Matmul:
         def run(rows: jax.Array, given: Summed) -> tuple[jax.Array, Summed]:
-            own = fetch_summed(given.w, (), 0, given.w.dtype) if given.total is None else given
+            own = fetch_summed(given.w, Way(), given.w.dtype) if given.total is None else given
             product, total = form(corner, chip, own.last, rows, own.w, own.total, grid)
             return product, given if given.total is None else dataclasses.replace(own, total=total)
 

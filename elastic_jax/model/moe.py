@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.arch import MoE
-from elastic_jax.model.collectives import Summed, enter, gather_rows, leave, part_index, scatter_rows, total
+from elastic_jax.model.collectives import enter, gather_rows, leave, part_index, scatter_rows, total
 from elastic_jax.model.context import HARD, Context, Mixed, Soft
+from elastic_jax.model.fetch import Summed
 from elastic_jax.model.grouped import Matmuls, Outputs, Weights, apply_experts
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.mlp import feed_forward

@@ -43,8 +43,12 @@ def insert_params(
     return result
 
 
-def slice_leaf(leaf: Any, full: Param, small: Param, name: str) -> Any:
-    """The leading corner of one parameter. Raises UserError when the leaf is not of the full shape."""
+def slice_leaf(leaf: Any, full: Param, small: Param, name: str, flat: bool = False) -> Any:
+    """The leading corner of one parameter. Raises UserError when the leaf is not of the full shape.
+
+    flat: where only its first or its last dimension is cut, it is cut as a matrix, in whose form a step fetches and uses it; XLA
+    would cut several dimensions in a layout of their own.
+    """
     if isinstance(leaf, jax.sharding.Sharding):
         return leaf
     if tuple(leaf.shape) != full.shape:
@@ -53,4 +57,9 @@ def slice_leaf(leaf: Any, full: Param, small: Param, name: str) -> Any:
         return jax.ShapeDtypeStruct(small.shape, leaf.dtype, sharding=leaf.sharding)
     if small.shape == full.shape:
         return leaf
+    cut = [dim for dim, size in enumerate(small.shape) if size != full.shape[dim]]
+    if flat and cut == [0]:
+        return leaf.reshape(len(leaf), -1)[: small.shape[0]].reshape(small.shape)
+    if flat and cut == [leaf.ndim - 1]:
+        return leaf.reshape(-1, leaf.shape[-1])[:, : small.shape[-1]].reshape(small.shape)
     return leaf[tuple(slice(size) for size in small.shape)]

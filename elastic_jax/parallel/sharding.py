@@ -13,6 +13,7 @@ from elastic_jax.arch import Arch
 from elastic_jax.errors import UserError
 from elastic_jax.layout import Layout
 from elastic_jax.model.collectives import Axes, Shards
+from elastic_jax.model.fetch import Way
 from elastic_jax.model.params import Param, leaves, map_table, param_table
 
 
@@ -32,15 +33,20 @@ class Rules:
     mamba_groups: Axes = ('tensor',)
     experts_blocks: Axes = ('expert', 'tensor')
     # Whole experts are contiguous and always tile-aligned. Split along embed, the TPU compiler copies the experts into another
-    # layout at every gather, and all-reduces their gradients at full size where a part is no multiple of 8.
-    stored: tuple[tuple[str, Axes], ...] = (('experts_blocks', ('fsdp',)), ('embed', ('fsdp', 'expert')))
+    # layout at every gather, and all-reduces their gradients at full size where a part is no multiple of 8. Words are looked up
+    # as whole rows, which of a table that is split along embed would first have to be put together.
+    stored: tuple[tuple[str, Axes], ...] = (
+        ('experts_blocks', ('fsdp',)),
+        ('vocab', ('fsdp',)),
+        ('embed', ('fsdp', 'expert')),
+    )
 
 
 RULES = Rules()
 
 
 def param_spec(param: Param, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
-    """How one parameter is stored. Vectors over `embed` are whole everywhere: fetching them would cost more than they do."""
+    """How one parameter is stored."""
     entries: list[Axes] = [()] * len(param.axes)
     used: set[str] = set()
 
@@ -56,19 +62,30 @@ def param_spec(param: Param, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
         if not param.whole:
             split(i, getattr(rules, name, ()))
     for name, axes in rules.stored:
-        if name in param.axes and not (name == 'embed' and len(param.shape) == 1) and not (name != 'embed' and param.whole):
+        if _stored_along(param, name):
             split(param.axes.index(name), axes)
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def fetch_axes(param: Param, spec: PartitionSpec, rules: Rules = RULES) -> tuple[tuple[Axes, int], ...]:
-    """(mesh axes, dimension) pairs: what a parameter is gathered over before use, and along which of its dimensions."""
+def _stored_along(param: Param, name: str) -> bool:
+    """Whether a parameter may be stored in parts of this axis: of another than embed only where it leads (an unembedding's
+    vocabulary does not), and of vectors not at all: fetching them would cost more than they do.
+    """
+    if name == 'embed':
+        return name in param.axes and len(param.shape) > 1
+    return param.axes[0] == name and not param.whole
+
+
+def fetch_ways(param: Param, spec: PartitionSpec, rules: Rules = RULES) -> tuple[Way, ...]:
+    """How a parameter is gathered before use: one way for each of its dimensions that is stored in parts."""
     found = []
     for name, axes in rules.stored:
-        if name in param.axes:
+        if _stored_along(param, name):
             dim, computed = param.axes.index(name), () if param.whole else getattr(rules, name, ())
-            found.append((tuple(axis for axis in spec_axes(spec, dim) if axis in axes and axis not in computed), dim))
-    return tuple((axes, dim) for axes, dim in found if axes)
+            parts = tuple(axis for axis in spec_axes(spec, dim) if axis in axes and axis not in computed)
+            # What is used in place is many matrices, each whole.
+            found.append(Way(parts, dim, matrix=not param.in_place))
+    return tuple(way for way in found if way.axes)
 
 
 def spec_axes(spec: PartitionSpec, dim: int) -> Axes:

@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec
 from elastic_jax.arch import Arch
 from elastic_jax.cost import parameters
 from elastic_jax.layout import FLAT, Layout
-from elastic_jax.model.collectives import Summed, fetch, fetch_summed
 from elastic_jax.model.context import HARD, Context, Soft
 from elastic_jax.model.decoder import apply_block, embed_tokens, final_norm, unembedding
+from elastic_jax.model.fetch import Summed, Way, fetch, fetch_summed
 from elastic_jax.model.losses import Students
 from elastic_jax.model.params import Param, Table, layer_name, param_table
 from elastic_jax.nest.slice import slice_leaf
-from elastic_jax.parallel.sharding import fetch_axes
+from elastic_jax.parallel.sharding import fetch_ways
 from elastic_jax.train.units import Segment, segments
 
 Aux = dict[str, dict[str, jax.Array]]
@@ -78,7 +78,7 @@ def lockstep(
         def own(name: str, leaf: jax.Array | Summed, param: Param) -> jax.Array | Summed:
             if param.in_place:
                 return dataclasses.replace(leaf, last=last)
-            return slice_leaf(leaf, _local(declared[name], leaf), _local(param, leaf), f'{group}/{name}')
+            return slice_leaf(leaf, _local(declared[name], leaf), _local(param, leaf), f'{group}/{name}', flat=True)
 
         return {name: own(name, leaves[name], param) for name, param in tables[n][group].items()}
 
@@ -173,11 +173,11 @@ def _fetch_group(
         param = table[name]
         whole = leaf[tuple(slice(size) for size in param.shape)]  # dimensions that are split over devices are shorter here
         own_dtype = leaf.dtype if param.float32 else dtype
-        stored = () if specs is None else fetch_axes(param, specs[name])
-        *before, (axes, dim) = stored or [((), 0)]
+        stored = () if specs is None else fetch_ways(param, specs[name])
+        *before, last = stored or (Way(),)
         for way in before:
-            whole = fetch(whole, *way, own_dtype)
-        whole = (fetch_summed if param.in_place else fetch)(whole, axes, dim, own_dtype)
+            whole = fetch(whole, way, own_dtype)
+        whole = (fetch_summed if param.in_place else fetch)(whole, last, own_dtype)
         result[name] = jax.tree.map(partial(checkpoint_name, name=FETCHED), whole) if stored else whole
     return result
 

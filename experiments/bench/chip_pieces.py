@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from elastic_jax.model import flash, grouped
 from elastic_jax.model.attention import attend_causally
-from elastic_jax.model.collectives import Summed
 from elastic_jax.model.conv import causal_conv
 from elastic_jax.model.conv_kernel import conv_silu_by_kernel
+from elastic_jax.model.fetch import Summed
 from elastic_jax.model.flash import flash_attention
 from elastic_jax.model.gated_norm_kernel import gated_norm_by_kernel
 from elastic_jax.model.grouped_kernel import Corner

@@ -27,10 +27,10 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from elastic_jax.config_file import load_config
-from elastic_jax.model.collectives import fetch
+from elastic_jax.model.fetch import fetch
 from elastic_jax.model.params import layer_name, leaves, map_table, param_table
 from elastic_jax.parallel.placement import Placement
-from elastic_jax.parallel.sharding import batch_spec, fetch_axes, spec_axes
+from elastic_jax.parallel.sharding import batch_spec, fetch_ways, spec_axes
 from elastic_jax.plan.chips import GIB, topology_devices
 from elastic_jax.plan.compiled import compile_program, device_bytes
 from elastic_jax.plan.planner import plan_run
@@ -104,9 +104,9 @@ def group(place: Placement, kind: str, dtype: str) -> Counter:
     def fetched(stored: Any) -> Any:
         result: dict[str, Any] = {name: dict(leaves) for name, leaves in stored.items()}
         for name, leaf, param in leaves(table):
-            for axes, dim in fetch_axes(param, specs[name][leaf]):
+            for way in fetch_ways(param, specs[name][leaf]):
                 own = result[name][leaf]
-                result[name][leaf] = fetch(own, axes, dim, own.dtype if param.float32 else jnp.dtype(dtype))
+                result[name][leaf] = fetch(own, way, own.dtype if param.float32 else jnp.dtype(dtype))
         return result
 
     def reduced(stored: Any, cotangents: Any) -> Any:

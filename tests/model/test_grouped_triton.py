@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elastic_jax.model import grouped
-from elastic_jax.model.collectives import Summed
+from elastic_jax.model.fetch import Summed
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.grouped_triton import COLUMNS, DEPTH, ROWS
 from elastic_jax.model.kernels import Target

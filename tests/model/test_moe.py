@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import FLAT, Layout
 from elastic_jax.model import grouped
-from elastic_jax.model.collectives import Summed, fetch_summed
 from elastic_jax.model.context import Context
+from elastic_jax.model.fetch import Summed, Way, fetch_summed
 from elastic_jax.model.grouped_kernel import Corner
 from elastic_jax.model.kernels import Target
 from elastic_jax.model.moe import moe, route
@@ -167,7 +167,7 @@ def test_one_sum_takes_the_gradients_of_all_users_of_the_experts(activation):
         users.append((corner, draw(20, corner.embed), ids, draw(20, 2), draw(20, corner.embed)))
 
     def by_kernels(stored, dtype):
-        w, loss = {name: fetch_summed(own, (), 0, dtype) for name, own in stored.items()}, 0.0
+        w, loss = {name: fetch_summed(own, Way(), dtype) for name, own in stored.items()}, 0.0
         for n, (corner, x, ids, weights, grad) in enumerate(users):
             own = {name: dataclasses.replace(own, last=n == len(users) - 1) for name, own in w.items()}
             network = functools.partial(network_of, activation, weights)

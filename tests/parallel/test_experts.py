@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec
 from elastic_jax.arch import Arch, MoE
 from elastic_jax.layout import Layout
 from elastic_jax.model import grouped
-from elastic_jax.model.collectives import Summed
 from elastic_jax.model.context import Context
+from elastic_jax.model.fetch import Summed
 from elastic_jax.model.kernels import ANYWHERE, Target
 from elastic_jax.model.moe import moe
 from elastic_jax.model.params import param_table
 from elastic_jax.parallel.mesh import make_mesh
-from elastic_jax.parallel.sharding import batch_spec, fetch_axes, param_spec, shards, spec_axes
+from elastic_jax.parallel.sharding import batch_spec, fetch_ways, param_spec, shards, spec_axes
 from tests.model import oracle
 from tests.tiny import numpy_params
 
@@ -40,7 +40,7 @@ def on_mesh(mesh, target=ANYWHERE):
     specs = {name: param_spec(param, mesh) for name, param in table.items()}
     computed = {}
     for name, spec in specs.items():
-        fetched = {axis for axes, _ in fetch_axes(table[name], spec) for axis in axes}
+        fetched = {axis for way in fetch_ways(table[name], spec) for axis in way.axes}
         left = [tuple(axis for axis in spec_axes(spec, dim) if axis not in fetched) or None for dim in range(len(spec))]
         computed[name] = PartitionSpec(*left)
     context = Context(None, shards=shards(ARCH, LAYOUT, mesh), target=target)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from elastic_jax.hlo_cost import collectives
-from elastic_jax.model.collectives import FETCH
+from elastic_jax.model.fetch import FETCH
 from elastic_jax.model.params import abstract_params
 from elastic_jax.parallel.placement import Placement
 from elastic_jax.train.gradients import loss_and_gradients

@@ -1,0 +1,164 @@
+"""Fetching parameters from the devices that store their parts, inside a fully manual `shard_map`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from elastic_jax.model.collectives import Axes
+from elastic_jax.model.tiles import SUBLANES
+
+# What is sent for parameters carries this name in compiled programs and profiles; all else is activations.
+FETCH = 'fetch_parameters'
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One exchange on the way.
+
+    Attributes:
+      groups: of the mesh axis' devices, among each of which it is; None: among all of them.
+      apart: how many devices a group has whose parts are no whole tiles, and are sent as arrays beside each other: of one array
+        the edges would be sent once more. 0 where they are whole tiles.
+    """
+
+    axis: str
+    groups: list[list[int]] | None = None
+    apart: int = 0
+
+    def gather(self, part: jax.Array, at: int) -> jax.Array:
+        found = jax.lax.all_gather(part, self.axis, axis=at, axis_index_groups=self.groups, tiled=not self.apart)
+        return found.reshape(-1, *part.shape[1:]) if self.apart else found
+
+    def reduce(self, whole: jax.Array, at: int) -> jax.Array:
+        parts = whole.reshape(self.apart, -1, *whole.shape[1:]) if self.apart else whole
+        over = {'axis_index_groups': self.groups, 'tiled': not self.apart}
+        return jax.lax.psum_scatter(parts, self.axis, scatter_dimension=at, **over)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """From where and how a parameter comes.
+
+    Attributes:
+      axes: mesh axes that its parts are on; the first counts most.
+      dim: which of its dimensions they split.
+      matrix: it is sent as a matrix, with `dim`, which is its first or last, along the rows and all else along the columns.
+    """
+
+    axes: Axes = ()
+    dim: int = 0
+    matrix: bool = False
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=['w', 'total'], meta_fields=['last'])
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A parameter that several budgets use a part of, one after the other.
+
+    Attributes:
+      w: it, whole, in the dtype of the matmuls.
+      total: its gradient's place: float32 of w's shape, which nobody reads. A use may give its part of the gradient to that, on
+        top of what the uses after it gave, and returns it for the next one; all others give it to w.
+      last: whether no other use follows, which means in the backward pass that it is the first and there is nothing to add to.
+    """
+
+    w: jax.Array
+    total: jax.Array | None = None
+    last: bool = True
+
+
+def fetch(w: jax.Array, way: Way, dtype: Any) -> jax.Array:
+    """A parameter in `dtype`, whole along the way's dimension; its gradient is reduced to the stored parts in float32."""
+    return _fetch(w, way, dtype) if way.axes else w
+
+
+def fetch_summed(w: jax.Array, way: Way, dtype: Any) -> Summed:
+    """`fetch`, also of what is whole here, with a place in float32 for the sum of its users' gradients."""
+    return Summed(*_fetch_summed(w, way, dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fetch(w: jax.Array, way: Way, dtype: Any) -> jax.Array:
+    with jax.named_scope(FETCH):
+        part, at = _as_sent(w.astype(dtype), way)
+        for stage in _stages(w.shape[way.dim], way):
+            part = stage.gather(part, at)
+        return _as_stored(part, w.shape, way)
+
+
+def _fetch_forward(w: jax.Array, way: Way, dtype: Any) -> tuple[jax.Array, Any]:
+    return _fetch(w, way, dtype), jnp.zeros((0,), w.dtype)
+
+
+def _fetch_backward(way: Way, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    with jax.named_scope(FETCH):
+        part, at = _as_sent(grad.astype(jnp.promote_types(like.dtype, jnp.float32)), way)
+        rows = grad.shape[way.dim] // math.prod(jax.lax.axis_size(axis) for axis in way.axes)
+        for stage in reversed(_stages(rows, way)):
+            part = stage.reduce(part, at)
+        return (_as_stored(part, grad.shape, way).astype(like.dtype),)
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fetch_summed(w: jax.Array, way: Way, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    whole = _fetch(w, way, dtype)
+    return whole, jnp.zeros(whole.shape, jnp.float32)
+
+
+def _fetch_summed_forward(w: jax.Array, way: Way, dtype: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    return _fetch_summed(w, way, dtype), jnp.zeros((0,), w.dtype)
+
+
+def _fetch_summed_backward(way: Way, dtype: Any, like: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    grad, total = grads
+    return _fetch_backward(way, dtype, like, total + grad.astype(jnp.float32))
+
+
+_fetch_summed.defvjp(_fetch_summed_forward, _fetch_summed_backward)
+
+
+def _as_sent(w: jax.Array, way: Way) -> tuple[jax.Array, int]:
+    """`w` in the shape in which it is sent, and along which dimension.
+
+    A TPU stores and sends whole tiles of the last two dimensions. Of [D, groups, channels] these would be one row of D each,
+    and every use a copy into tiles of several rows, as matmuls have them.
+    """
+    if not way.matrix:
+        return w, way.dim
+    return (w.reshape(len(w), -1) if way.dim == 0 else w.reshape(-1, w.shape[-1]).T), 0
+
+
+def _as_stored(sent: jax.Array, shape: tuple[int, ...], way: Way) -> jax.Array:
+    """The inverse of `_as_sent`, of what is another size than `shape` along the way's dimension."""
+    if not way.matrix:
+        return sent
+    return sent.reshape(-1, *shape[1:]) if way.dim == 0 else sent.T.reshape(*shape[:-1], -1)
+
+
+def _stages(rows: int, way: Way) -> list[Stage]:
+    """What parts of `rows` are gathered over, one after the other.
+
+    One mesh axis at a time: a gather over a whole torus compiles to an all-reduce of the full size. And of a matrix whose parts
+    are no whole tiles of rows (42 of 2688 for each of 64 devices) neighbours gather whole tiles first, a small part of what is
+    sent: else a TPU would copy all of it into tiles.
+    """
+    stages: list[Stage] = []
+    for axis in reversed(way.axes):
+        size, first = jax.lax.axis_size(axis), SUBLANES // math.gcd(rows, SUBLANES)
+        if way.matrix and 1 < first < size and size % first == 0:
+            near = [list(range(start, start + first)) for start in range(0, size, first)]
+            far = [list(same) for same in zip(*near, strict=True)]
+            stages += [Stage(axis, near, apart=first), Stage(axis, far)]
+        else:
+            stages.append(Stage(axis))
+        rows *= size
+    return stages
