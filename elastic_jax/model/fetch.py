@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -11,34 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from elastic_jax.model.collectives import Axes
-from elastic_jax.model.tiles import SUBLANES
 
 # What is sent for parameters carries this name in compiled programs and profiles; all else is activations.
 FETCH = 'fetch_parameters'
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One exchange on the way.
-
-    Attributes:
-      groups: of the mesh axis' devices, among each of which it is; None: among all of them.
-      apart: how many devices a group has whose parts are no whole tiles, and are sent as arrays beside each other: of one array
-        the edges would be sent once more. 0 where they are whole tiles.
-    """
-
-    axis: str
-    groups: list[list[int]] | None = None
-    apart: int = 0
-
-    def gather(self, part: jax.Array, at: int) -> jax.Array:
-        found = jax.lax.all_gather(part, self.axis, axis=at, axis_index_groups=self.groups, tiled=not self.apart)
-        return found.reshape(-1, *part.shape[1:]) if self.apart else found
-
-    def reduce(self, whole: jax.Array, at: int) -> jax.Array:
-        parts = whole.reshape(self.apart, -1, *whole.shape[1:]) if self.apart else whole
-        over = {'axis_index_groups': self.groups, 'tiled': not self.apart}
-        return jax.lax.psum_scatter(parts, self.axis, scatter_dimension=at, **over)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +48,10 @@ class Summed:
 
 
 def fetch(w: jax.Array, way: Way, dtype: Any) -> jax.Array:
-    """A parameter in `dtype`, whole along the way's dimension; its gradient is reduced to the stored parts in float32."""
+    """A parameter in `dtype`, whole along the way's dimension; its gradient is reduced to the stored parts in float32.
+
+    One mesh axis at a time: a gather over a whole torus compiles to an all-reduce of the full size.
+    """
     return _fetch(w, way, dtype) if way.axes else w
 
 
@@ -87,8 +64,8 @@ def fetch_summed(w: jax.Array, way: Way, dtype: Any) -> Summed:
 def _fetch(w: jax.Array, way: Way, dtype: Any) -> jax.Array:
     with jax.named_scope(FETCH):
         part, at = _as_sent(w.astype(dtype), way)
-        for stage in _stages(w.shape[way.dim], way):
-            part = stage.gather(part, at)
+        for axis in reversed(way.axes):
+            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
         return _as_stored(part, w.shape, way)
 
 
@@ -99,9 +76,8 @@ def _fetch_forward(w: jax.Array, way: Way, dtype: Any) -> tuple[jax.Array, Any]:
 def _fetch_backward(way: Way, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     with jax.named_scope(FETCH):
         part, at = _as_sent(grad.astype(jnp.promote_types(like.dtype, jnp.float32)), way)
-        rows = grad.shape[way.dim] // math.prod(jax.lax.axis_size(axis) for axis in way.axes)
-        for stage in reversed(_stages(rows, way)):
-            part = stage.reduce(part, at)
+        for axis in way.axes:
+            part = jax.lax.psum_scatter(part, axis, scatter_dimension=at, tiled=True)
         return (_as_stored(part, grad.shape, way).astype(like.dtype),)
 
 
@@ -142,23 +118,3 @@ def _as_stored(sent: jax.Array, shape: tuple[int, ...], way: Way) -> jax.Array:
     if not way.matrix:
         return sent
     return sent.reshape(-1, *shape[1:]) if way.dim == 0 else sent.T.reshape(*shape[:-1], -1)
-
-
-def _stages(rows: int, way: Way) -> list[Stage]:
-    """What parts of `rows` are gathered over, one after the other.
-
-    One mesh axis at a time: a gather over a whole torus compiles to an all-reduce of the full size. And of a matrix whose parts
-    are no whole tiles of rows (42 of 2688 for each of 64 devices) neighbours gather whole tiles first, a small part of what is
-    sent: else a TPU would copy all of it into tiles.
-    """
-    stages: list[Stage] = []
-    for axis in reversed(way.axes):
-        size, first = jax.lax.axis_size(axis), SUBLANES // math.gcd(rows, SUBLANES)
-        if way.matrix and 1 < first < size and size % first == 0:
-            near = [list(range(start, start + first)) for start in range(0, size, first)]
-            far = [list(same) for same in zip(*near, strict=True)]
-            stages += [Stage(axis, near, apart=first), Stage(axis, far)]
-        else:
-            stages.append(Stage(axis))
-        rows *= size
-    return stages

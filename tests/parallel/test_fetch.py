@@ -21,7 +21,6 @@ MESHES = {'one axis': {'fsdp': 8}, 'two axes': {'fsdp': 4, 'expert': 2}}
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 10), last=st.booleans(), matrix=st.booleans(), others=st.sampled_from([(6,), (3, 4), (2, 3, 2)]))
 def test_a_parameter_arrives_whole_and_its_gradients_are_added_up(sizes, rows, last, matrix, others):
-    """Whether its parts are whole tiles (8 rows), become so among neighbours (2, 4, 6, 10), or never (1, 3)."""
     mesh, total = make_mesh(sizes), rows * 8
     shape, dim = ((*others, total), len(others)) if last else ((total, *others), 0)
     axes = tuple(sizes)
