@@ -77,7 +77,9 @@ def _fetch_backward(way: Way, dtype: Any, like: jax.Array, grad: jax.Array) -> t
     with jax.named_scope(FETCH):
         part, at = _as_sent(grad.astype(jnp.promote_types(like.dtype, jnp.float32)), way)
         for axis in way.axes:
-            part = jax.lax.psum_scatter(part, axis, scatter_dimension=at, tiled=True)
+            if way.matrix:  # every device's rows by themselves: where they are no whole tiles, edges would be sent once more
+                part = part.reshape(jax.lax.axis_size(axis), -1, part.shape[-1])
+            part = jax.lax.psum_scatter(part, axis, scatter_dimension=at, tiled=not way.matrix)
         return (_as_stored(part, grad.shape, way).astype(like.dtype),)
 
 
