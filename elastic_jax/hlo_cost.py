@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 
+from elastic_jax.errors import WorkError
 from elastic_jax.hlo import ROOT, Computation, opcode, operands, tally
 
 RELAYOUTS = ('copy', 'slice')  # what moves arrays and computes nothing
@@ -16,6 +17,10 @@ _SHAPES = re.compile(r'\b(pred|token|opaque|[subf]+f?\d+\w*|c64|c128)\[([\d,]*)\
 _BITS = re.compile(r'\d+')
 _LISTED = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _IOTA = re.compile(r'replica_groups=\[\d+,(\d+)\]')
+_MESH = re.compile(
+    r'replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}'
+)  # since jax 0.12: sizes of all axes, and those exchanged over
+_AXIS_SIZES, _AXES = re.compile(r"'([^']*)'=(\d+)"), re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")  # an axis, or a part of one
 _DEVICES = re.compile(r'^HloModule.*?num_partitions=(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62
@@ -94,8 +99,17 @@ def _is_scattered(line: str, own: Computation) -> bool:
 def _group_size(line: str, every: int) -> int:
     if listed := _LISTED.search(line):
         return listed[1].count(',') + 1
-    iota = _IOTA.search(line)
-    return int(iota[1]) if iota else every
+    if iota := _IOTA.search(line):
+        return int(iota[1])
+    if mesh := _MESH.search(line):
+        sizes = dict(_AXIS_SIZES.findall(mesh[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in _AXES.findall(mesh[2]))
+    if 'replica_groups=' in line.replace('replica_groups={}', ''):
+        found = re.search(r'replica_groups=\S*', line)[0]
+        raise WorkError(
+            f'the compiler writes its groups of devices as {found!r}, which this version cannot read; take an older jax'
+        )
+    return every
 
 
 def _bytes(line: str) -> int:

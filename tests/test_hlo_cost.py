@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from elastic_jax.errors import WorkError
 from elastic_jax.hlo_cost import KINDS, RELAYOUTS, Collective, collectives, estimated_cycles
 
 # Compiled in a process with eight devices; this one has one.
@@ -69,6 +71,41 @@ def test_a_program_that_exchanges_nothing(texts):
 
 
 # As the TPU compiler writes them: asynchronous pairs, loops whose count stands in their condition, cycles beside fusions.
+ONE = """HloModule one, num_partitions=32
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %sum = f32[4,8]{{1,0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ('groups', 'size'),
+    [
+        ('{}', 32),
+        ('{{0,1},{2,3}}', 2),
+        ('[4,8]<=[32]', 8),
+        ("mesh['replica'=2,'fsdp'=16] {'fsdp'}", 16),
+        ("mesh['replica'=2,'fsdp'=16], device_ids=([32]) {'replica','fsdp'}", 32),
+        ("mesh['fsdp'=32] {'fsdp':(4)8}", 8),
+    ],
+)
+def test_the_devices_of_a_group_are_read_in_every_form(groups, size):
+    assert collectives(ONE.format(groups=groups))['all-reduce'] == Collective(1, 4 * 8 * 4, {size: (1, 4 * 8 * 4)})
+
+
+def test_a_form_that_is_not_known_is_said_and_not_guessed():
+    with pytest.raises(WorkError, match=re.escape("writes its groups of devices as 'replica_groups=torus(4,8)")):
+        collectives(ONE.format(groups='torus(4,8)'))
+
+
 TPU = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
 

@@ -58,7 +58,7 @@ def test_a_program_for_a_gpu_has_the_kernels_where_they_are_asked_for_and_comput
         network = lambda rows, matmuls, own: ((matmuls.out_of(matmuls.into(rows, own['w'])[0], own['w'])[0],), own)
         return grouped.apply_experts(x, ids, 128, corner, network, {'w': Summed(w)}, target=target)[0][0].sum()
 
-    program = lambda target: cuda.lowered(jax.grad(functools.partial(loss, target)), w, x, shaped(jnp.int32, 6, 512))
+    program = lambda target: cuda.lowered(jax.value_and_grad(functools.partial(loss, target)), w, x, shaped(jnp.int32, 6, 512))
     by_kernel, plain = program(Target('cuda', kernels=True)), program(Target('cuda'))
     for name in ('experts_into', 'experts_out', 'experts_gradient', 'xla.gpu.triton'):
         assert name in by_kernel and name not in plain
